@@ -1,0 +1,125 @@
+"""Builds csrc/*.cpp into ssl_fast/_C_cpu and csrc/*.cu into ssl_fast/_C_cuda, on PyTorch's stable ABI.
+
+Both are plain shared libraries that torch.ops.load_library opens: one binary serves every torch from 2.10 and every
+Python. Without torch, a compiler or nvcc the package installs all the same, and the reason is kept in
+ssl_fast/_build.json for `python -m ssl_fast.info`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+NVCC = os.environ.get("NVCC") or shutil.which("nvcc")
+STABLE = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-std=c++20", "-O3"]
+# Compute capabilities that the library carries machine code for; PTX of the last serves later ones.
+CUDA_ARCHS = ["80", "90", "100"]
+
+
+def sources(suffix: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob(f"*{suffix}"))
+
+
+def torch_folder() -> Path | None:
+    spec = importlib.util.find_spec("torch")  # found, not imported: an import costs seconds and may need a GPU driver
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def why_not() -> dict[str, str]:
+    """The libraries that cannot be built here, with the reason and the next step."""
+    if sys.platform != "linux":
+        reason = f"native code is built on Linux, not {sys.platform}"
+        return {"_C_cpu": reason, "_C_cuda": reason}
+    if torch_folder() is None:
+        reason = "torch was not importable at build time; use `pip install --no-build-isolation .`"
+        return {"_C_cpu": reason, "_C_cuda": reason}
+    reasons = {}
+    if CXX is None:
+        reasons["_C_cpu"] = "no C++ compiler at build time; install g++ or clang++, then reinstall"
+    if NVCC is None:
+        reasons["_C_cuda"] = "no nvcc at build time; install the CUDA toolkit, then reinstall"
+    elif not sources(".cu"):
+        reasons["_C_cuda"] = "no CUDA sources"
+    return reasons
+
+
+def command(name: str, output: str) -> list[str]:
+    """The compiler's command line for one library."""
+    torch = torch_folder()
+    assert torch is not None
+    include = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
+    link = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    if name == "_C_cpu":
+        return [CXX, "-shared", "-fPIC", *STABLE, *include, *sources(".cpp"), "-o", output, *link]
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
+    codes.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
+    if list((torch / "lib").glob("libtorch_cuda.so")):
+        link.append("-ltorch_cuda")
+    return [NVCC, "-shared", "-Xcompiler=-fPIC", "-DUSE_CUDA", "--threads=0", *STABLE, *codes, *include, *sources(".cu"),
+            "-o", output, *link]  # fmt: skip
+
+
+def extensions() -> list[Extension]:
+    missing = why_not()
+    return [
+        Extension(f"ssl_fast.{name}", sources(suffix), depends=sources(".h"), py_limited_api=True)
+        for name, suffix in (("_C_cpu", ".cpp"), ("_C_cuda", ".cu"))
+        if name not in missing
+    ]
+
+
+class BuildLibraries(build_ext):
+    """One compiler call a library. A library that does not compile becomes a reason, not a failed install."""
+
+    def build_extension(self, ext: Extension) -> None:
+        name = ext.name.rpartition(".")[2]
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        result = subprocess.run(command(name, str(output)), cwd=ROOT, capture_output=True, text=True)
+        if result.returncode:
+            warnings.warn(f"ssl_fast installs without {name}:\n{result.stderr}", stacklevel=1)
+            note(output.parent, {name: f"did not compile: {(result.stderr.strip() or 'no message').splitlines()[0]}"})
+
+    def copy_extensions_to_source(self) -> None:
+        self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
+        super().copy_extensions_to_source()
+
+
+class BuildPython(build_py):
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            note(Path(self.build_lib) / "ssl_fast", why_not())
+
+
+def note(folder: Path, reasons: dict[str, str]) -> None:
+    """Add reasons to the build record that `ssl_fast.info` shows."""
+    record = folder / "_build.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
+    if known | reasons:
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(known | reasons, indent=2))
+
+
+built = extensions()
+setup(
+    packages=[*find_packages(include=["ssl_fast", "ssl_fast.*"], exclude=["ssl_fast.kernels*"]), "ssl_fast.kernels"],
+    # kernels/ has no __init__.py: the import name `kernels` belongs to another project and must never be ours.
+    package_dir={"ssl_fast.kernels": "kernels"},
+    package_data={"ssl_fast": ["py.typed"]},
+    ext_modules=built,
+    cmdclass={"build_ext": BuildLibraries, "build_py": BuildPython},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if built else {},
+)

@@ -1,0 +1,9 @@
+"""ssl_fast: contrastive self-supervised learning that is fast, and takes large batches on little memory."""
+
+from ssl_fast import functional
+from ssl_fast._op import backend
+from ssl_fast.ops.nt_xent import NTXentLoss
+
+__version__ = "0.1.0"
+
+__all__ = ["NTXentLoss", "backend", "functional", "__version__"]

@@ -1,0 +1,280 @@
+"""NT-Xent, the loss of SimCLR (Chen et al. 2020, arXiv 2002.05709, equation 1), without the similarity matrix.
+
+M = 2N rows z = [z1; z2], unit rows where normalize; the positive of row i is p = (i + N) mod M; s_ij = z_i . z_j.
+With Zneg_i the sum over j not in {i, p} of exp(s_ij / t):
+
+    lse_i  = log(Zneg_i + exp(s_ip / t))
+    q_i    = Zneg_i / (Zneg_i + exp(s_ip / t))               1 - P_ip, without cancellation
+    loss_i = lse_i - s_ip / t = log1p(Zneg_i / exp(s_ip / t))
+    r_i    = sum over j not in {i, p} of P_ij (s_ij - s_ip)   so that dloss_i/dt = -r_i / t^2
+
+The positive never enters the matrix products: there its weight 1 - P_ip would be rounded to 16 bits, which loses the
+gradient of confident pairs. docs/kernels.md has the arithmetic of every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ssl_fast._op import HALF_AND_FLOAT, Op
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+# ---- reference: the definition, and the fallback on any device
+
+
+def _rows(z1: Tensor, z2: Tensor, normalize: bool) -> Tensor:
+    z = torch.cat([z1, z2]).to(_accumulator(z1))
+    return F.normalize(z) if normalize else z
+
+
+def _accumulator(z: Tensor) -> torch.dtype:
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+def _positive(temperature: Tensor) -> Tensor:
+    return torch.where(temperature > 0, temperature, torch.nan)
+
+
+def _blocks(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Row blocks with their similarities (B, M). A block holds about as many numbers as z, so memory stays O(M D)."""
+    size = max(16, min(1024, z.shape[1] * 2))
+    for start in range(0, len(z), size):
+        rows = slice(start, min(start + size, len(z)))
+        yield rows, z[rows] @ z.T
+
+
+def _mask_pairs(x: Tensor, rows: slice, value: float) -> Tensor:
+    """Set the entries of the row itself and of its positive, in place."""
+    M = x.shape[1]
+    i = torch.arange(rows.start, rows.stop, device=x.device)
+    local = i - rows.start
+    x[local, i] = value
+    x[local, (i + M // 2) % M] = value
+    return x
+
+
+def _fwd_reference(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool) -> tuple[Tensor, ...]:
+    z, t = _rows(z1, z2, normalize), _positive(temperature)
+    s_pos = (z[: len(z1)] * z[len(z1) :]).sum(1).repeat(2)
+    lse_neg, r = torch.empty_like(s_pos), torch.empty_like(s_pos)
+    for rows, s in _blocks(z):
+        lse_neg[rows] = torch.logsumexp(_mask_pairs(s / t, rows, -torch.inf), 1)
+        lse = torch.logaddexp(lse_neg[rows], s_pos[rows] / t)
+        P_neg = _mask_pairs(torch.exp(s / t - lse[:, None]), rows, 0.0)
+        r[rows] = (P_neg * (s - s_pos[rows, None])).sum(1)
+    gap = lse_neg - s_pos / t
+    return torch.logaddexp(gap, torch.zeros_like(gap)), torch.logaddexp(lse_neg, s_pos / t), torch.sigmoid(gap), r
+
+
+def _bwd_reference(
+    grad_loss: Tensor,
+    grad_lse: Tensor,
+    z1: Tensor,
+    z2: Tensor,
+    temperature: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    z, t = _rows(z1, z2, normalize), _positive(temperature)
+    a = grad_loss + grad_lse
+    c = grad_lse * (1 - q) - grad_loss * q
+    dz = (c + c.roll(len(z1)))[:, None] * z.roll(len(z1), 0)
+    for rows, s in _blocks(z):
+        # One weight for both roles of z_j: as a column of row i's softmax, and as the row whose softmax holds i.
+        weight = a[rows, None] * torch.exp(s / t - lse[rows, None]) + a * torch.exp(s / t - lse)
+        dz[rows] += _mask_pairs(weight, rows, 0.0) @ z
+    dz /= t
+    if normalize:
+        norm = torch.cat([z1, z2]).to(z.dtype).norm(dim=1, keepdim=True)
+        tangent = dz - (dz * z).sum(1, keepdim=True) * z
+        dz = torch.where(norm < 1e-12, dz / 1e-12, tangent / norm)
+    dz1, dz2 = dz.to(z1.dtype).chunk(2)
+    return dz1.clone(), dz2.clone()  # two outputs of one operator may not share storage
+
+
+def _fwd_fake(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool) -> tuple[Tensor, ...]:
+    return tuple(z1.new_empty(2 * z1.shape[0], dtype=_accumulator(z1)) for _ in range(4))
+
+
+def _bwd_fake(grad_loss: Tensor, grad_lse: Tensor, z1: Tensor, z2: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return z1.new_empty(z1.shape), z2.new_empty(z2.shape)
+
+
+# ---- operators
+
+nt_xent_fwd = Op(
+    "nt_xent_fwd(Tensor z1, Tensor z2, Tensor temperature, bool normalize) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fwd_reference,
+    fake=_fwd_fake,
+    native={"cpu": HALF_AND_FLOAT},
+    triton="ssl_fast.kernels.nt_xent:nt_xent_fwd",
+    decides="z1",
+)
+nt_xent_bwd = Op(
+    "nt_xent_bwd(Tensor grad_loss, Tensor grad_lse, Tensor z1, Tensor z2, Tensor temperature, Tensor lse, Tensor q, "
+    "bool normalize) -> (Tensor, Tensor)",
+    _bwd_reference,
+    fake=_bwd_fake,
+    native={"cpu": HALF_AND_FLOAT},
+    triton="ssl_fast.kernels.nt_xent:nt_xent_bwd",
+    decides="z1",
+)
+
+
+class _NTXent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+        ctx.backend = nt_xent_fwd.backend_for(z1)
+        ctx.normalize = normalize
+        loss, lse, q, r = nt_xent_fwd(z1, z2, temperature, normalize, backend=ctx.backend)
+        ctx.save_for_backward(z1, z2, temperature, loss, lse, q, r)
+        return loss, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        z1, z2, temperature, loss, lse, q, r = ctx.saved_tensors
+        dz1 = dz2 = dt = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            dz1, dz2 = nt_xent_bwd(
+                grad_loss, grad_lse, z1, z2, temperature, lse, q, ctx.normalize, backend=ctx.backend
+            )
+        if ctx.needs_input_grad[2]:
+            # d lse_i / dt = -E_P[s] / t^2, and E_P[s] = r + s_ip with s_ip = t (lse - loss)
+            expected = (grad_loss + grad_lse) * r + grad_lse * temperature * (lse - loss)
+            dt = -expected.sum() / temperature**2
+        return dz1, dz2, dt, None
+
+
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor = 0.5,
+    *,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    return_lse: bool = False,
+) -> Any:
+    """NT-Xent of SimCLR (Chen et al. 2020, arXiv 2002.05709, equation 1 and Algorithm 1), in O(N D) memory.
+
+    Row i of z1 and row i of z2 are the two views of image i; the other 2N - 2 rows are its negatives.
+    Equivalent to:
+        z = F.normalize(torch.cat([z1, z2])); logits = (z @ z.T / temperature).fill_diagonal_(-inf)
+        F.cross_entropy(logits, torch.arange(2 * N).roll(N), reduction=reduction)
+
+    Args:
+        z1, z2: (N, D) embeddings, fp16, bf16, fp32 or fp64, any strides. Under autocast they are cast as for a
+            matrix product; logits, sums and the loss are fp32 (fp64 for fp64) in any case.
+        temperature: a float above 0, or a tensor of one element, which gets a gradient. A tensor's value is not
+            fetched: where it is not above 0 the loss is NaN.
+        normalize: divide each row by its L2 norm, as F.normalize (eps 1e-12), fused into the kernels.
+        reduction: "mean" and "sum" give a scalar, "none" the losses (2N,), z1's rows first.
+        return_lse: also return the (2N,) log-sum-exp of each row's logits without itself, differentiable.
+
+    Returns:
+        The loss, or (loss, lse). Gradients are those of what is returned; they are not differentiable again.
+
+    Raises:
+        ValueError, TypeError: naming the argument, for shapes or dtypes that do not fit.
+
+    Example:
+        >>> loss = nt_xent(model(view1), model(view2), temperature=0.1)
+    """
+    z1, z2 = _check_embeddings(z1, z2)
+    t = _check_temperature(temperature, z1)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: got {reduction!r}, allowed: 'mean', 'sum', 'none'")
+    loss, lse = _NTXent.apply(z1, z2, t, normalize)
+    if reduction != "none":
+        loss = loss.mean() if reduction == "mean" else loss.sum()
+    return (loss, lse) if return_lse else loss
+
+
+def _check_embeddings(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+    for name, z in (("z1", z1), ("z2", z2)):
+        if not isinstance(z, Tensor):
+            raise TypeError(f"{name}: got {type(z).__name__}, allowed: a torch.Tensor of shape (N, D)")
+        if z.dim() != 2 or z.shape[1] == 0:
+            raise ValueError(f"{name}: got shape {tuple(z.shape)}, allowed: (N, D) with D >= 1; flatten other dimensions")
+        if not z.dtype.is_floating_point or z.dtype.itemsize < 2:
+            raise TypeError(f"{name}: got {z.dtype}, allowed: float16, bfloat16, float32, float64; cast it with .float()")
+    if z1.shape != z2.shape:
+        raise ValueError(
+            f"z2: got shape {tuple(z2.shape)}, allowed: the shape of z1, {tuple(z1.shape)}; row i of each is a view of image i"
+        )
+    if z1.shape[0] == 0:
+        raise ValueError("z1: got an empty batch (N=0), allowed: N >= 1; skip the step or drop the last batch")
+    if z1.device != z2.device:
+        raise ValueError(f"z2: got device {z2.device}, allowed: the device of z1, {z1.device}")
+    if torch.is_autocast_enabled(z1.device.type):
+        low = torch.get_autocast_dtype(z1.device.type)
+        z1, z2 = (z if z.dtype == torch.float64 else z.to(low) for z in (z1, z2))
+    if z1.dtype != z2.dtype:
+        raise TypeError(f"z2: got {z2.dtype}, allowed: the dtype of z1, {z1.dtype}; cast one of them")
+    return z1, z2
+
+
+def _check_temperature(temperature: float | Tensor, z: Tensor) -> Tensor:
+    dtype = _accumulator(z)
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(f"temperature: got shape {tuple(temperature.shape)}, allowed: a float or a tensor of one element")
+        return temperature.reshape(()).to(z.device, dtype)
+    if not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}, allowed: a float above 0, such as 0.1 or 0.5")
+    return torch.full((), temperature, dtype=dtype, device=z.device)
+
+
+class NTXentLoss(nn.Module):
+    """NT-Xent loss of SimCLR as a module; a drop-in for lightly.loss.NTXentLoss that never holds a 2N x 2N matrix.
+
+    Equivalent to: lightly.loss.NTXentLoss(temperature)(out0, out1).
+
+    Args:
+        temperature: a float above 0, or a tensor of one element; an nn.Parameter is learned with the model.
+        memory_bank_size, gather_distributed: in lightly's places; only their defaults are supported.
+        reduction, normalize: as in `ssl_fast.functional.nt_xent`.
+
+    Shape:
+        out0, out1: (N, D), the two views of N images. Returns a scalar, fp32 (fp64 for fp64 inputs).
+
+    Example:
+        >>> criterion = NTXentLoss(temperature=0.1)
+        >>> loss = criterion(model(view1), model(view2))
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        memory_bank_size: int = 0,
+        gather_distributed: bool = False,
+        *,
+        reduction: Reduction = "mean",
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        if memory_bank_size != 0:
+            raise ValueError(f"memory_bank_size: got {memory_bank_size}, allowed: 0 (the other images are the negatives)")
+        if gather_distributed:
+            raise ValueError("gather_distributed: got True, allowed: False (the negatives are those of this process)")
+        if not isinstance(temperature, Tensor):
+            _check_temperature(temperature, torch.empty(()))
+        self.temperature = temperature
+        self.reduction = reduction
+        self.normalize = normalize
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        return nt_xent(out0, out1, self.temperature, normalize=self.normalize, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        t = self.temperature
+        return f"temperature={'learned' if isinstance(t, nn.Parameter) else t}, reduction={self.reduction!r}"
