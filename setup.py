@@ -67,8 +67,8 @@ def command(name: str, output: str) -> list[str]:
     codes.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
     if list((torch / "lib").glob("libtorch_cuda.so")):
         link.append("-ltorch_cuda")
-    return [NVCC, "-shared", "-Xcompiler=-fPIC", "-DUSE_CUDA", "--threads=0", *STABLE, *codes, *include, *sources(".cu"),
-            "-o", output, *link]  # fmt: skip
+    options = ["-shared", "-Xcompiler=-fPIC", "-DUSE_CUDA", "--threads=0"]
+    return [NVCC, *options, *STABLE, *codes, *include, *sources(".cu"), "-o", output, *link]
 
 
 def extensions() -> list[Extension]:

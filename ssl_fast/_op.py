@@ -138,9 +138,7 @@ class Op:
         _PUBLIC.define(f'{arguments[:-1]}, *, str backend="auto") -> {returns}')
         _NATIVE.define(schema)
         _PUBLIC.impl(self.name, self._run, "CompositeExplicitAutograd")
-        torch.library.register_fake(
-            f"ssl_fast::{self.name}", lambda *args, backend="auto": fake(*args), lib=_PUBLIC
-        )
+        torch.library.register_fake(f"ssl_fast::{self.name}", lambda *args, backend="auto": fake(*args), lib=_PUBLIC)
         self._overload = getattr(torch.ops.ssl_fast, self.name).default
         names = [argument.name for argument in self._overload._schema.arguments]
         self._decides = names.index(decides)
@@ -198,11 +196,24 @@ class Op:
 
     def _load(self, backend: str) -> Callable[..., Any]:
         if backend == "reference":
-            return self.reference
+            return _without_autocast(self.reference)
         if backend == "native":
             return getattr(torch.ops.ssl_fast_native, self.name).default
         module, launcher = self.triton.split(":")  # type: ignore[union-attr]
-        return getattr(importlib.import_module(module), launcher)
+        return _without_autocast(getattr(importlib.import_module(module), launcher))
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An op has decided its dtypes; autocast must not round the products inside it again."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cuda") and not torch.is_autocast_enabled("cpu"):
+            return function(*args)
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*args)
+
+    return run
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -145,9 +145,7 @@ class _NTXent(torch.autograd.Function):
         z1, z2, temperature, loss, lse, q, r = ctx.saved_tensors
         dz1 = dz2 = dt = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            dz1, dz2 = nt_xent_bwd(
-                grad_loss, grad_lse, z1, z2, temperature, lse, q, ctx.normalize, backend=ctx.backend
-            )
+            dz1, dz2 = nt_xent_bwd(grad_loss, grad_lse, z1, z2, temperature, lse, q, ctx.normalize, backend=ctx.backend)
         if ctx.needs_input_grad[2]:
             # d lse_i / dt = -E_P[s] / t^2, and E_P[s] = r + s_ip with s_ip = t (lse - loss)
             expected = (grad_loss + grad_lse) * r + grad_lse * temperature * (lse - loss)
@@ -204,12 +202,16 @@ def _check_embeddings(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(z, Tensor):
             raise TypeError(f"{name}: got {type(z).__name__}, allowed: a torch.Tensor of shape (N, D)")
         if z.dim() != 2 or z.shape[1] == 0:
-            raise ValueError(f"{name}: got shape {tuple(z.shape)}, allowed: (N, D) with D >= 1; flatten other dimensions")
+            raise ValueError(
+                f"{name}: got shape {tuple(z.shape)}, allowed: (N, D) with D >= 1; flatten other dimensions"
+            )
         if not z.dtype.is_floating_point or z.dtype.itemsize < 2:
-            raise TypeError(f"{name}: got {z.dtype}, allowed: float16, bfloat16, float32, float64; cast it with .float()")
+            raise TypeError(
+                f"{name}: got {z.dtype}, allowed: float16, bfloat16, float32, float64; cast it with .float()"
+            )
     if z1.shape != z2.shape:
         raise ValueError(
-            f"z2: got shape {tuple(z2.shape)}, allowed: the shape of z1, {tuple(z1.shape)}; row i of each is a view of image i"
+            f"z2: got shape {tuple(z2.shape)}, allowed: the shape of z1, {tuple(z1.shape)} (row i of each: one image)"
         )
     if z1.shape[0] == 0:
         raise ValueError("z1: got an empty batch (N=0), allowed: N >= 1; skip the step or drop the last batch")
@@ -227,7 +229,9 @@ def _check_temperature(temperature: float | Tensor, z: Tensor) -> Tensor:
     dtype = _accumulator(z)
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
-            raise ValueError(f"temperature: got shape {tuple(temperature.shape)}, allowed: a float or a tensor of one element")
+            raise ValueError(
+                f"temperature: got shape {tuple(temperature.shape)}, allowed: a float or a tensor of one element"
+            )
         return temperature.reshape(()).to(z.device, dtype)
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, allowed: a float above 0, such as 0.1 or 0.5")
@@ -263,7 +267,9 @@ class NTXentLoss(nn.Module):
     ) -> None:
         super().__init__()
         if memory_bank_size != 0:
-            raise ValueError(f"memory_bank_size: got {memory_bank_size}, allowed: 0 (the other images are the negatives)")
+            raise ValueError(
+                f"memory_bank_size: got {memory_bank_size}, allowed: 0 (the other images are the negatives)"
+            )
         if gather_distributed:
             raise ValueError("gather_distributed: got True, allowed: False (the negatives are those of this process)")
         if not isinstance(temperature, Tensor):

@@ -1,0 +1,95 @@
+"""Makes the README's table and its plot from benches/results.csv: `python -m benches.plot [--check]`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+from benches import common
+
+README = Path(__file__).parents[1] / "README.md"
+PICTURE = Path(__file__).parents[1] / "docs/nt_xent.png"
+BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
+OURS, DENSE = "ssl_fast", "dense PyTorch"
+
+Rows = list[dict[str, str]]
+
+
+def nt_xent_rows() -> Rows:
+    with common.RESULTS.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["op"] == "nt_xent"]
+
+
+def readme_block(rows: Rows) -> str:
+    """One table a device: every provider of the default allocator, the rows we lose included."""
+    blocks = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        here = [r for r in rows if r["device"] == device and r["allocator"] == "default"]
+        about = here[0]
+        lines = [
+            {
+                "N, D": row["shape"].replace("N=", "").replace(" D=", ", "),
+                "inputs": row["dtype"],
+                "forward + backward": row["provider"],
+                "ms": row["ms"],
+                "x one product": row["ratio"],
+                "peak extra MB": row["extra_mb"],
+                "gradient error": row["error"],
+            }
+            for row in here
+            if row["provider"] != "ssl_fast, forward alone"
+        ]
+        head = f"{device}, {about['threads']} threads, torch {about['torch']}, {about['date']}:"
+        blocks.append(f"{head}\n\n{common.table(lines, lines[0])}\n")
+    return "\n".join(blocks)
+
+
+def with_block(readme: str, block: str) -> str:
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+
+
+def draw(rows: Rows) -> None:
+    """Time and peak memory of each provider by shape, one column a device."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    devices = list(dict.fromkeys(row["device"] for row in rows))
+    figure, axes = plt.subplots(2, len(devices), figsize=(8 * len(devices), 6), squeeze=False, layout="constrained")
+    for column, device in enumerate(devices):
+        here = [r for r in rows if r["device"] == device and r["allocator"] == "default"]
+        shapes = list(dict.fromkeys(row["shape"] for row in here))
+        series = {(r["provider"], r["dtype"]): None for r in here if r["provider"] != "ssl_fast, forward alone"}
+        for axis, field, label in zip(axes[:, column], ("ms", "extra_mb"), ("ms", "peak extra MB"), strict=True):
+            width = 0.8 / len(series)
+            for i, (provider, dtype) in enumerate(series):
+                found = {r["shape"]: r[field] for r in here if (r["provider"], r["dtype"]) == (provider, dtype)}
+                bars = [(j + i * width, float(found[s])) for j, s in enumerate(shapes) if found.get(s)]
+                if bars:
+                    axis.bar(*zip(*bars, strict=True), width, label=f"{provider}, {dtype}")
+            axis.set(yscale="log", ylabel=label)
+            axis.set_xticks([j + 0.4 for j in range(len(shapes))], shapes)
+            axis.grid(axis="y", alpha=0.3)
+        axes[0, column].set_title(f"NT-Xent, forward and backward, on {device}", fontsize=10)
+        axes[0, column].legend(fontsize=7)
+    figure.savefig(PICTURE, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail where the README is not what results.csv says")
+    arguments = parser.parse_args()
+    rows, readme = nt_xent_rows(), README.read_text()
+    wanted = with_block(readme, readme_block(rows))
+    if arguments.check:
+        sys.exit(0 if wanted == readme else "README.md differs from benches/results.csv; run `python -m benches.plot`")
+    README.write_text(wanted)
+    draw(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""What the op tests share: the backends at hand, the fp64 oracle's rule, and error measures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssl_fast._op import Op
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# An error may be twice that of plain PyTorch in the same dtype, plus this, as a share of the norm of the whole tensor.
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
+
+
+def backends(op: Op, dtype: torch.dtype) -> list[str]:
+    """The backends of an op that run a dtype on the device under test."""
+    return [b for b in ("native", "triton", "reference") if op.reason(b, DEVICE, dtype) is None]
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """Relative error in the norm of the whole tensor; NaN and inf anywhere count as infinite."""
+    difference = (value.double() - truth.double()).norm().item()
+    scale = truth.double().norm().item()
+    if not (difference < float("inf")):
+        return float("inf")
+    return difference / scale if scale else difference
+
+
+def assert_close(name: str, value: Tensor, truth: Tensor, plain: Tensor | None, dtype: torch.dtype) -> None:
+    """The pass rule: error against fp64 <= 2 x plain PyTorch's error in the same dtype + the dtype's floor."""
+    ours, floor = error(value, truth), FLOOR[dtype]
+    theirs = 0.0 if plain is None else error(plain, truth)
+    limit = floor + (2 * theirs if theirs < float("inf") else 0.0)
+    assert ours <= limit, f"{name}: error {ours:.2e}, allowed {limit:.2e} (plain PyTorch {theirs:.2e})"
