@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -83,34 +82,43 @@ def extensions() -> list[Extension]:
 class BuildLibraries(build_ext):
     """One compiler call a library. A library that does not compile becomes a reason, not a failed install."""
 
+    def run(self) -> None:
+        self.failed: dict[str, str] = {}
+        super().run()
+        note(self.folder(), why_not() | self.failed)
+
+    def folder(self) -> Path:
+        """Where the libraries end up: beside the sources for --inplace and editable installs, else in build_lib."""
+        return ROOT / "ssl_fast" if self.inplace else Path(self.build_lib) / "ssl_fast"
+
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rpartition(".")[2]
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         result = subprocess.run(command(name, str(output)), cwd=ROOT, capture_output=True, text=True)
         if result.returncode:
-            warnings.warn(f"ssl_fast installs without {name}:\n{result.stderr}", stacklevel=1)
-            note(output.parent, {name: f"did not compile: {(result.stderr.strip() or 'no message').splitlines()[0]}"})
+            message = result.stderr.strip() or f"the compiler ended with {result.returncode}"
+            self.warn(f"ssl_fast installs without {name}:\n{message}")
+            self.failed[name] = f"did not compile: {message.splitlines()[0]}"
 
     def copy_extensions_to_source(self) -> None:
-        self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
+        self.extensions = [e for e in self.extensions if e.name.rpartition(".")[2] not in self.failed]
         super().copy_extensions_to_source()
 
 
 class BuildPython(build_py):
     def run(self) -> None:
         super().run()
-        if not self.editable_mode:
+        if not self.distribution.ext_modules and not self.editable_mode:
             note(Path(self.build_lib) / "ssl_fast", why_not())
 
 
 def note(folder: Path, reasons: dict[str, str]) -> None:
-    """Add reasons to the build record that `ssl_fast.info` shows."""
+    """Write the build record that `ssl_fast.info` shows; no record where all was built."""
     record = folder / "_build.json"
-    known = json.loads(record.read_text()) if record.exists() else {}
-    if known | reasons:
-        folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(known | reasons, indent=2))
+    record.unlink(missing_ok=True)
+    if reasons:
+        record.write_text(json.dumps(reasons, indent=2))
 
 
 built = extensions()
