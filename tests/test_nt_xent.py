@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from benches.bench_nt_xent import dense_logits
-from common import DEVICE, assert_close, backends, error
+from common import DEVICE, FLOOR, assert_close, backends, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,8 +32,11 @@ CASES = [
     for i, N in enumerate(SIZES_N)
     for k in range(12)
 ]
-# The interpreter is slow: on a CPU Triton gets a share of the small ones.
-INTERPRETED = [c for c in CASES if c[0] <= 65 and c[3] != torch.float64][::2] + [(257, 64, 0.07, torch.float32, True)]
+# The interpreter is slow: on a CPU Triton gets a share of the small ones, and one of each larger kind.
+INTERPRETED = [c for c in CASES if c[0] * c[1] <= 9000 and c[3] != torch.float64][::2] + [
+    (130, 64, 0.07, torch.float32, True),
+    (33, 768, 0.5, torch.bfloat16, True),
+]
 
 
 def dense(z1: Tensor, z2: Tensor, t: Tensor, normalize: bool = True) -> tuple[Tensor, Tensor]:
@@ -65,11 +68,12 @@ def check(z1: Tensor, z2: Tensor, t: float, normalize: bool, backend: str, h_sca
     truth = results(lambda *x: dense(*x, normalize), z1.double(), z2.double(), temperature.double(), g, h)
     plain = results(lambda *x: dense(*x, normalize), z1, z2, temperature.to(dtype), g.to(dtype), h.to(dtype))
     value = results(ours, z1, z2, temperature, g.to(low), h.to(low))
+    # A gradient that is zero but for rounding (N = 1, D = 1) has no scale of its own: its terms are of this size.
+    norm = torch.cat([z1, z2]).double().norm(dim=1).min() if normalize else 1.0
+    terms = g.abs().max() / (t * norm)
     for name in truth:
-        # A gradient that is zero up to rounding (N = 1, D = 1) has no scale of its own.
-        scale = truth["dz1"].abs().max() if name.startswith("dz") else truth[name].abs().max()
-        if scale < 1e-9:
-            assert (value[name].abs().max() < 1e-6).item(), name
+        if truth[name].abs().max() < 1e-12:
+            assert (value[name].abs().max() <= FLOOR[dtype] * terms + 2 * plain[name].abs().max()).item(), name
         else:
             assert_close(f"{name} of {backend}", value[name], truth[name], plain[name], dtype)
 
@@ -174,10 +178,11 @@ def test_confident_pairs(backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits(backend):
-    """Unnormalised rows: logits in the thousands overflow any fixed shift."""
+    """Unnormalised rows, logits up to 600 and rows with none above 6: no one shift serves both."""
     z1, z2 = pair(40, 24, torch.float32, True)
-    z1, z2 = z1 * torch.linspace(0.1, 20, 40, device=DEVICE)[:, None], z2 * 10
-    check(z1, z2, 0.05, False, backend)
+    z1, z2 = (z * torch.linspace(0.1, 1.5, 40, device=DEVICE)[:, None] for z in (z1, z2))
+    assert 400 < dense_logits(z1, z2, 0.1, False)[0].max() < 1000
+    check(z1, z2, 0.1, False, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,138 @@
+"""EMA of ResNet-50's parameters against plain PyTorch, and against a copy that moves as many bytes.
+
+`python -m benches.bench_ema` prints the tables and writes the rows to benches/results.csv; `--quick` takes every shape
+at a sixteenth of its width and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ssl_fast
+from benches import common
+from ssl_fast.ops import ema
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MOMENTUM = 0.999
+DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+FLOOR = "copy of as many bytes"
+
+
+def resnet50_shapes(shrink: int = 1) -> Iterator[tuple[int, ...]]:
+    """The 161 parameters of torchvision's resnet50, 25.6 million numbers, in order."""
+
+    def conv_bn(out: int, into: int, size: int) -> Iterator[tuple[int, ...]]:
+        yield from ((out, into, size, size), (out,), (out,))
+
+    into = 64 // shrink
+    yield from conv_bn(into, 3, 7)
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        width = 64 * 2**stage // shrink
+        for block in range(blocks):
+            yield from conv_bn(width, into, 1)
+            yield from conv_bn(width, width, 3)
+            yield from conv_bn(4 * width, width, 1)
+            if block == 0:
+                yield from conv_bn(4 * width, into, 1)
+            into = 4 * width
+    yield from ((1000, into), (1000,))
+
+
+def naive(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """MoCo's own loop (He et al. 2020)."""
+    for t, s in zip(targets, sources, strict=True):
+        t.data = t.data * MOMENTUM + s.data * (1.0 - MOMENTUM)
+
+
+def mul_add(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for t, s in zip(targets, sources, strict=True):
+        t.mul_(MOMENTUM).add_(s, alpha=1 - MOMENTUM)
+
+
+def foreach_lerp(targets: list[Tensor], sources: list[Tensor]) -> None:
+    torch._foreach_lerp_(targets, sources, 1 - MOMENTUM)
+
+
+def ours(backend: str) -> Callable[[list[Tensor], list[Tensor]], None]:
+    def update(targets: list[Tensor], sources: list[Tensor]) -> None:
+        with ssl_fast.backend(backend):
+            ema.ema_update_(targets, sources, MOMENTUM)
+
+    return update
+
+
+def replayed(update: Callable[[list[Tensor], list[Tensor]], None], *lists: list[Tensor]) -> Callable[[], None]:
+    """The update as a CUDA graph: the kernel without the time that Python takes to launch it."""
+    update(*lists)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update(*lists)
+    return graph.replay
+
+
+def providers(target: torch.dtype, source: torch.dtype) -> dict[str, Callable[[list[Tensor], list[Tensor]], None]]:
+    found = {"naive loop": naive, "mul_ add_": mul_add}
+    if target == source:
+        found["torch._foreach_lerp_"] = foreach_lerp
+    for backend in ("native", "triton", "reference"):
+        interpreted = backend == "triton" and DEVICE == "cpu"
+        if not interpreted and ema._update.reason(backend, DEVICE, target) is None:
+            found[f"ssl_fast {backend}"] = ours(backend)
+    return found
+
+
+def bench(target: torch.dtype, source: torch.dtype, shrink: int, seconds: float) -> list[common.Row]:
+    """One interleaved run of every provider, each on weights of its own, beside the copy."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = list(resnet50_shapes(shrink))
+
+    def weights(dtype: torch.dtype) -> list[Tensor]:
+        return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
+
+    count = sum(math.prod(shape) for shape in shapes)
+    moved = count * (2 * target.itemsize + source.itemsize)  # target read and written, source read
+    half = torch.randn(moved // 8, device=DEVICE)
+    kept = torch.empty_like(half)
+    steps: dict[str, Callable[[], Any]] = {FLOOR: lambda: kept.copy_(half)}
+    shared = weights(source)
+    for name, update in providers(target, source).items():
+        own = weights(target)
+        steps[name] = lambda update=update, own=own: update(own, shared)
+        if DEVICE == "cuda" and name == "ssl_fast native":
+            steps[f"{name}, CUDA graph"] = replayed(update, own, shared)
+
+    with torch.no_grad():
+        measured = common.interleave(steps, seconds=seconds, rounds=11)
+    dtype = " <- ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in (target, source)))
+    rows = []
+    for name, times in measured.items():
+        row = {"op": "ema", "shape": f"{len(shapes)} tensors, {count} parameters", "dtype": dtype, "provider": name}
+        row |= {"allocator": "default", **common.timing(times)}
+        rows.append(row | {"gb_per_s": moved / row["ms"] / 1e6})
+    return [row | {"ratio": row["ms"] / rows[0]["ms"], "to": FLOOR} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small tensors, nothing written")
+    quick = parser.parse_args().quick
+    print(f"EMA of ResNet-50, momentum {MOMENTUM}, on {common.device_name()}, {torch.get_num_threads()} threads")
+    conditions, rows = common.conditions(), []
+    for target, source in DTYPES:
+        measured = bench(target, source, 16 if quick else 1, 0.3 if quick else 6.0)
+        print(f"\n{measured[0]['dtype']}")
+        print(common.table(measured, ("provider", "ms", "ms_p20", "ms_p80", "gb_per_s", "ratio")))
+        rows += [row | conditions for row in measured]
+    if not quick:
+        common.save(rows)
+        print(f"\n{len(rows)} rows written to {common.RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
