@@ -1,0 +1,747 @@
+"""NT-Xent in Triton: forward on the upper triangle of S = z z^T, row-owner backward, chunked products for wide rows.
+
+Shapes: M = 2N rows, the two views stacked; MP is M padded to whole tiles with zero rows, DP is D padded with zero
+columns, so that no load of an inner loop needs a mask. s_ij = z_i . z_j; the positive of row i is p = (i + N) mod M.
+The entries (i, i) and (i, p) are masked in every product: the positive's part is added in fp32 from the unrounded rows.
+
+Rows that the kernels normalise have |s| <= 1, so exp(s / t) neither over- nor underflows for t >= SAFE_TEMPERATURE and
+needs no maximum. The temperature is on the device, and so is the choice between the two loops.
+docs/kernels.md derives the formulas.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssl_fast.kernels._common import (
+    Config,
+    arch,
+    dot,
+    dot_precision,
+    load_temperature,
+    log1p,
+    multiprocessors,
+    pick,
+    rounded,
+    split_count,
+)
+
+SAFE_TEMPERATURE = tl.constexpr(0.025)
+LN2 = tl.constexpr(0.6931471805599453)
+EPS = tl.constexpr(1e-12)  # of F.normalize
+CHUNK_BYTES = 64 << 20  # of fp32 logits held at a time on the chunked path
+
+# (arch, bytes of an operand, DP up to): Config. Not yet measured on a GPU; chosen to compile without spills.
+FWD_CONFIGS = {
+    (80, 2, 64): Config(64, 64, 4, 3, 2),
+    (80, 2, 128): Config(64, 64, 4, 3, 2),
+    (80, 2, 256): Config(64, 64, 4, 2, 1),
+    (80, 4, 64): Config(64, 64, 4, 2, 2),
+    (80, 4, 128): Config(64, 64, 4, 2, 1),
+    (80, 4, 256): Config(32, 32, 4, 2, 1),
+    (90, 2, 64): Config(128, 64, 4, 3, 2),
+    (90, 2, 128): Config(128, 64, 4, 3, 2),
+    (90, 2, 256): Config(128, 64, 8, 2, 1),
+    (90, 4, 64): Config(64, 64, 4, 2, 2),
+    (90, 4, 128): Config(64, 64, 4, 2, 2),
+    (90, 4, 256): Config(64, 64, 4, 2, 1),
+    (100, 2, 64): Config(64, 64, 4, 3, 2),
+    (100, 2, 128): Config(64, 64, 4, 3, 2),
+    (100, 2, 256): Config(128, 64, 8, 2, 1),
+    (100, 4, 64): Config(64, 64, 4, 2, 2),
+    (100, 4, 128): Config(64, 64, 4, 2, 2),
+    (100, 4, 256): Config(64, 64, 4, 2, 1),
+}
+BWD_CONFIGS = {
+    (80, 2, 64): Config(64, 64, 4, 3, 2),
+    (80, 2, 128): Config(64, 64, 4, 2, 2),
+    (80, 2, 256): Config(64, 32, 4, 2, 1),
+    (80, 4, 64): Config(64, 32, 4, 2, 2),
+    (80, 4, 128): Config(64, 32, 4, 2, 1),
+    (80, 4, 256): Config(32, 32, 4, 2, 1),
+    (90, 2, 64): Config(64, 64, 4, 3, 3, 168),
+    (90, 2, 128): Config(64, 64, 4, 3, 3, 168),
+    (90, 2, 256): Config(128, 64, 8, 2, 1),
+    (90, 4, 64): Config(64, 64, 4, 2, 2),
+    (90, 4, 128): Config(64, 64, 4, 2, 2),
+    (90, 4, 256): Config(64, 32, 4, 2, 1),
+    (100, 2, 64): Config(64, 64, 4, 3, 2),
+    (100, 2, 128): Config(64, 64, 4, 3, 2),
+    (100, 2, 256): Config(128, 64, 8, 2, 1),
+    (100, 4, 64): Config(64, 64, 4, 2, 2),
+    (100, 4, 128): Config(64, 32, 4, 2, 2),
+    (100, 4, 256): Config(64, 32, 4, 2, 1),
+}
+CANDIDATES = tuple(
+    Config(m, n, warps, stages, programs, 65536 // (32 * warps * programs) // 8 * 8 if programs > 1 else None)
+    for m, n, warps in ((64, 64, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8))
+    for stages in (2, 3, 4)
+    for programs in (1, 2, 3)
+)
+
+
+@triton.jit
+def _load_pair(z1_ptr, z2_ptr, stride_1n, stride_1d, stride_2n, stride_2d, n, d, mask):
+    x1 = tl.load(z1_ptr + n * stride_1n + d * stride_1d, mask, other=0.0).to(tl.float32)
+    x2 = tl.load(z2_ptr + n * stride_2n + d * stride_2d, mask, other=0.0).to(tl.float32)
+    return x1, x2
+
+
+@triton.jit
+def _prepare_kernel(
+    z1_ptr, z2_ptr,  # (N, D)
+    zhat_ptr, norm_ptr, pos_ptr,  # (MP, DP) operands of the products; (2, N) |x|; (N,) s_ip
+    stride_1n, stride_1d, stride_2n, stride_2d, N, PAIRS, D, DP,
+    NORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    live = n < N
+    square1 = tl.zeros((BLOCK_N, 1), tl.float32)
+    square2 = tl.zeros((BLOCK_N, 1), tl.float32)
+    if NORMALIZE:
+        for start in range(0, D, BLOCK_D):
+            d = (start + tl.arange(0, BLOCK_D).to(tl.int64))[None, :]
+            x1, x2 = _load_pair(z1_ptr, z2_ptr, stride_1n, stride_1d, stride_2n, stride_2d, n, d, live & (d < D))
+            square1 += tl.sum(x1 * x1, 1, keep_dims=True)
+            square2 += tl.sum(x2 * x2, 1, keep_dims=True)
+    norm1 = tl.sqrt(square1) if NORMALIZE else square1 + 1
+    norm2 = tl.sqrt(square2) if NORMALIZE else square2 + 1
+    # F.normalize clamps the norm, and a NaN norm must stay one.
+    inverse1 = 1 / tl.where(norm1 < EPS, EPS, norm1)
+    inverse2 = 1 / tl.where(norm2 < EPS, EPS, norm2)
+    pos = tl.zeros((BLOCK_N, 1), tl.float32)
+    # Programs past the last pair zero the padded rows, which follow the 2N real ones.
+    row1 = tl.where(live, n, n + N)
+    for start in range(0, DP, BLOCK_D):
+        d = (start + tl.arange(0, BLOCK_D).to(tl.int64))[None, :]
+        x1, x2 = _load_pair(z1_ptr, z2_ptr, stride_1n, stride_1d, stride_2n, stride_2d, n, d, live & (d < D))
+        z1 = x1 * inverse1
+        z2 = x2 * inverse2
+        pos += tl.sum(z1 * z2, 1, keep_dims=True)
+        out = (n < PAIRS) & (d < DP)
+        tl.store(zhat_ptr + row1 * DP + d, rounded(z1, zhat_ptr.dtype.element_ty), out)
+        tl.store(zhat_ptr + (n + N) * DP + d, rounded(z2, zhat_ptr.dtype.element_ty), out)
+    tl.store(norm_ptr + n, norm1, live)
+    tl.store(norm_ptr + N + n, norm2, live)
+    tl.store(pos_ptr + n, pos, live)
+
+
+@triton.jit
+def _skip(offset, N, other, padded, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """-inf where a tile whose columns start `offset` after its rows holds an entry to mask, else 0: added to the
+    exponent it leaves such a tile out. The positives lie N and `other` columns after their rows.
+
+    They are few, and get a loop of their own: the mask in the main loop, even behind a branch, costs it registers.
+    """
+    low = offset - BLOCK_I
+    high = offset + BLOCK_J
+    special = (low < 0) & (high > 0) | (low < N) & (high > N) | (low < other) & (high > other)
+    return tl.where(special | padded, float("-inf"), 0.0)
+
+
+@triton.jit
+def _special(part, done, last, i0, N, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """What _skip left out, from tile `done` on, in four ascending parts: positives i - N, self, i + N, padded columns."""
+    start = i0 + (part - 1) * N
+    low = tl.minimum(tl.maximum(start, 0), 2 * N) // BLOCK_J
+    return tl.maximum(done, low), tl.minimum(last, tl.cdiv(start + BLOCK_I, BLOCK_J))
+
+
+@triton.jit
+def _masked(i, j, N):
+    """Self, positive, or padding."""
+    positive = tl.where(i < N, i + N, i - N)
+    return (j == i) | (j == positive) | (tl.maximum(i, j) >= 2 * N)
+
+
+@triton.jit
+def _load_tile(z_ptr, row0, DP: tl.constexpr, BLOCK: tl.constexpr):
+    z_ptr += tl.cast(row0, tl.int64) * DP  # 64 bits for the base alone: offsets inside a tile cost half the registers
+    return tl.load(z_ptr + (tl.arange(0, BLOCK)[:, None] * DP + tl.arange(0, DP)[None, :]))
+
+
+@triton.jit
+def _load_columns(z_ptr, row0, DP: tl.constexpr, BLOCK: tl.constexpr):
+    z_ptr += tl.cast(row0, tl.int64) * DP
+    return tl.load(z_ptr + (tl.arange(0, BLOCK)[None, :] * DP + tl.arange(0, DP)[:, None]))
+
+
+@triton.jit
+def _sum_register_rows(x, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(BLOCK_N, BLOCK_M) -> (BLOCK_N / 16, 8, BLOCK_M): adds rows n and n + 8.
+
+    One thread holds both in the accumulator layout of the tensor cores, so the sum needs no shuffle.
+    """
+    return tl.sum(tl.reshape(x, (BLOCK_N // 16, 2, 8, BLOCK_M)), 1)
+
+
+@triton.jit
+def _triangle_tile(
+    zhat_ptr, z_i, slot_ptr, row_e, row_es, scale, i0, tile, WIDTH, MP, N,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    j0 = i0 + tile * BLOCK_N
+    j0 = tl.where(j0 >= MP, j0 - MP, j0)
+    j = j0 + tl.arange(0, BLOCK_N)
+    # The diagonal block holds both (i, j) and (j, i): its columns are counted as rows.
+    owned = tl.full((BLOCK_N,), 0, tl.int32) + tile >= BLOCK_M // BLOCK_N
+    at = slot_ptr + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_e = tl.load(at, owned, other=0.0)
+    col_es = tl.load(at + WIDTH, owned, other=0.0)
+    z_j = _load_tile(zhat_ptr, j0, DP, BLOCK_N)
+    s = dot(z_j, z_i, None, PRECISION)  # (BLOCK_N, BLOCK_M), transposed
+    if MASK:
+        i = i0 + tl.arange(0, BLOCK_M)
+        e = tl.where(_masked(j[:, None], i[None, :], N), 0.0, tl.exp2(s * scale))
+    else:
+        skip = _skip(tile * BLOCK_N, N, MP - N, j >= 2 * N, BLOCK_M, BLOCK_N)
+        e = tl.exp2(s * scale + skip[:, None])
+    es = e * s
+    tl.store(at, col_e + tl.sum(e, 1), owned)
+    tl.store(at + WIDTH, col_es + tl.sum(es, 1), owned)
+    row_e += _sum_register_rows(e, BLOCK_N, BLOCK_M)
+    row_es += _sum_register_rows(es, BLOCK_N, BLOCK_M)
+    return row_e, row_es
+
+
+@triton.jit
+def _fwd_triangle(
+    zhat_ptr, row_ptr, col_ptr, scale, group, split, N, MP, R, S, L, WIDTH,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Sums of e = exp(s / t) and of e s: one tile serves its rows and, by symmetry, its columns.
+
+    Row block I meets the column blocks I, I + 1, ... I + T/2 (mod T): every pair of blocks once, every row block the
+    same work. The row sums stay elementwise in registers until the loop ends; the column sums are reduced along the
+    cheap axis of the transposed tile, and added to a slot that belongs to this program alone.
+    """
+    T = MP // BLOCK_M
+    first = split * L * (BLOCK_M // BLOCK_N)
+    for block in tl.range(group * R, tl.minimum(group * R + R, T), disable_licm=True):
+        i0 = block * BLOCK_M
+        # Column 0 of the slot is the first one that the first row block meets in this split.
+        slot_ptr = col_ptr + tl.program_id(0).to(tl.int64) * 2 * WIDTH + (block - group * R - split * L) * BLOCK_M
+        # Loaded transposed: a transposition of the loaded tile would be redone in shared memory at every step.
+        z_i = _load_columns(zhat_ptr, i0, DP, BLOCK_M)  # (DP, BLOCK_M)
+        row_e = tl.zeros((BLOCK_N // 16, 8, BLOCK_M), tl.float32)
+        row_es = tl.zeros((BLOCK_N // 16, 8, BLOCK_M), tl.float32)
+        # With an even T the blocks I and I + T/2 would meet twice: the lower one takes the pair.
+        meets = T // 2 + 1 - ((T % 2 == 0) & (block >= T // 2)).to(tl.int32)
+        last = tl.minimum(split * L + L, meets) * (BLOCK_M // BLOCK_N)
+        padded = i0 + BLOCK_M > 2 * N
+        for tile in range(first, tl.where(padded, first, last)):
+            row_e, row_es = _triangle_tile(
+                zhat_ptr, z_i, slot_ptr, row_e, row_es, scale, i0, tile, WIDTH, MP, N,
+                False, PRECISION, BLOCK_M, BLOCK_N, DP,
+            )  # fmt: skip
+        done = first
+        for part in tl.range(3, disable_licm=True):  # self, and the positives, N columns further or N behind (mod MP)
+            start = tl.where(part == 2, MP - N, part * N)
+            low = tl.maximum(done, start // BLOCK_N)
+            high = tl.where(padded, last, tl.minimum(last, tl.cdiv(start + BLOCK_M, BLOCK_N)))
+            for tile in range(low, high):
+                row_e, row_es = _triangle_tile(
+                    zhat_ptr, z_i, slot_ptr, row_e, row_es, scale, i0, tile, WIDTH, MP, N,
+                    True, PRECISION, BLOCK_M, BLOCK_N, DP,
+                )  # fmt: skip
+            done = tl.maximum(done, high)
+        # The next row block reads column sums that other threads of this program wrote.
+        tl.debug_barrier()
+        at = split.to(tl.int64) * MP + i0 + tl.arange(0, BLOCK_M)
+        tl.store(row_ptr + S.to(tl.int64) * MP + at, tl.sum(tl.sum(row_e, 0), 0))
+        tl.store(row_ptr + 2 * S.to(tl.int64) * MP + at, tl.sum(tl.sum(row_es, 0), 0))
+
+
+@triton.jit
+def _online_tile(
+    zhat_ptr, z_i, top, row_e, row_es, scale, i0, j0, N,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    s = dot(z_i, _load_tile(zhat_ptr, j0, DP, BLOCK_N).T, None, PRECISION)  # (BLOCK_M, BLOCK_N)
+    if MASK:
+        i = i0 + tl.arange(0, BLOCK_M)
+        j = j0 + tl.arange(0, BLOCK_N)
+        x = tl.where(_masked(i[:, None], j[None, :], N), float("-inf"), s * scale)
+    else:
+        x = s * scale + _skip(j0 - i0, N, -N, j0 + BLOCK_N > 2 * N, BLOCK_M, BLOCK_N)
+    above = tl.maximum(top, tl.max(x, 1))
+    shift = tl.where(above == float("-inf"), 0.0, above)  # no negative so far: -inf - -inf would be NaN
+    e = tl.exp2(x - shift[:, None])
+    decay = tl.exp2(top - shift)
+    return above, row_e * decay + tl.sum(e, 1), row_es * decay + tl.sum(e * s, 1)
+
+
+@triton.jit
+def _fwd_online(
+    zhat_ptr, row_ptr, scale, group, split, N, MP, R, S,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Per row: the maximum of s / t in units of log 2, and the sums of e and e s relative to it, over all columns."""
+    tiles = tl.cdiv(MP // BLOCK_N, S)
+    first = split * tiles
+    last = tl.minimum(first + tiles, MP // BLOCK_N)
+    for block in range(group * R, tl.minimum(group * R + R, MP // BLOCK_M)):
+        i0 = block * BLOCK_M
+        z_i = _load_tile(zhat_ptr, i0, DP, BLOCK_M)
+        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        row_e = tl.zeros((BLOCK_M,), tl.float32)
+        row_es = tl.zeros((BLOCK_M,), tl.float32)
+        for tile in range(first, last):
+            top, row_e, row_es = _online_tile(
+                zhat_ptr, z_i, top, row_e, row_es, scale, i0, tile * BLOCK_N, N, False, PRECISION, BLOCK_M, BLOCK_N, DP
+            )
+        done = first
+        for part in tl.range(4, disable_licm=True):
+            low, high = _special(part, done, last, i0, N, BLOCK_M, BLOCK_N)
+            for tile in range(low, high):
+                top, row_e, row_es = _online_tile(
+                    zhat_ptr, z_i, top, row_e, row_es, scale, i0, tile * BLOCK_N, N,
+                    True, PRECISION, BLOCK_M, BLOCK_N, DP,
+                )  # fmt: skip
+            done = tl.maximum(done, high)
+        at = split.to(tl.int64) * MP + i0 + tl.arange(0, BLOCK_M)
+        tl.store(row_ptr + at, top)
+        tl.store(row_ptr + S.to(tl.int64) * MP + at, row_e)
+        tl.store(row_ptr + 2 * S.to(tl.int64) * MP + at, row_es)
+
+
+@triton.jit(do_not_specialize=["N", "MP", "R", "S", "L", "WIDTH"])
+def _fwd_kernel(
+    zhat_ptr, temperature_ptr,  # (MP, DP), ()
+    row_ptr, col_ptr,  # (3, S, MP), (programs, 2, WIDTH) zeros
+    N, MP, R, S, L, WIDTH,
+    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Program (group, split) owns R row blocks and, of the column blocks that each of them meets, the split-th share."""
+    group = tl.program_id(0) // S
+    split = tl.program_id(0) % S
+    t = load_temperature(temperature_ptr)
+    scale = 1 / (t * LN2)
+    triangle = NORMALIZE and t >= SAFE_TEMPERATURE
+    if triangle:
+        _fwd_triangle(
+            zhat_ptr, row_ptr, col_ptr, scale, group, split, N, MP, R, S, L, WIDTH, PRECISION, BLOCK_M, BLOCK_N, DP
+        )
+    else:
+        _fwd_online(zhat_ptr, row_ptr, scale, group, split, N, MP, R, S, PRECISION, BLOCK_M, BLOCK_N, DP)
+
+
+@triton.jit
+def _store_losses(loss_ptr, lse_ptr, q_ptr, r_ptr, i, live, top, sum_e, sum_es, pos, t):
+    """From the negatives of row i: their maximum in units of log 2, and the sums of e and e s relative to it."""
+    gap = LN2 * top + tl.log(sum_e) - pos / t  # log(Zneg / e_ip), -inf without negatives
+    small = tl.exp(-tl.abs(gap))
+    loss = tl.where(gap > 0, gap, 0.0) + log1p(small)
+    loss = tl.where(gap == gap, loss, gap)
+    q = tl.where(gap > 0, 1.0, small) / (1 + small)
+    tl.store(loss_ptr + i, loss, live)
+    tl.store(lse_ptr + i, loss + pos / t, live)
+    tl.store(q_ptr + i, q, live)
+    tl.store(r_ptr + i, tl.where(sum_e == 0, q, q * (sum_es / sum_e - pos)), live)
+
+
+@triton.jit(do_not_specialize=["N", "MP", "R", "S", "L", "WIDTH", "SLOTS"])
+def _fwd_merge_kernel(
+    row_ptr, col_ptr, pos_ptr, temperature_ptr,  # as _fwd_kernel left them; (N,), ()
+    loss_ptr, lse_ptr, q_ptr, r_ptr,  # (2N,)
+    N, MP, R, S, L, WIDTH, SLOTS,
+    NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    plane = S.to(tl.int64) * MP
+    t = load_temperature(temperature_ptr)
+    top = tl.zeros((BLOCK,), tl.float32)
+    sum_e = tl.zeros((BLOCK,), tl.float32)
+    sum_es = tl.zeros((BLOCK,), tl.float32)
+    triangle = NORMALIZE and t >= SAFE_TEMPERATURE
+    if not triangle:
+        top += float("-inf")
+        for split in range(S):
+            top = tl.maximum(top, tl.load(row_ptr + MP.to(tl.int64) * split + i))
+        top = tl.where(top == float("-inf"), 0.0, top)
+    for split in range(S):
+        at = row_ptr + MP.to(tl.int64) * split + i
+        decay = tl.full((BLOCK,), 1.0, tl.float32)
+        if not triangle:
+            decay = tl.exp2(tl.load(at) - top)
+        sum_e += decay * tl.load(at + plane)
+        sum_es += decay * tl.load(at + 2 * plane)
+    if triangle:
+        # Slot (group, split) holds the column blocks from group R + split L on (mod T).
+        block = (tl.program_id(0) * BLOCK) // BLOCK_M
+        for first in range(0, SLOTS, BLOCK_S):
+            slot = first + tl.arange(0, BLOCK_S)
+            base = (slot // S) * R + (slot % S) * L
+            behind = (block - base) * BLOCK_M % MP  # keeps the sign of the dividend
+            behind = tl.where(behind < 0, behind + MP, behind)
+            held = (slot < SLOTS) & (behind < WIDTH)
+            at = slot.to(tl.int64) * 2 * WIDTH + behind
+            at = col_ptr + at[:, None] + (i % BLOCK_M)[None, :]
+            sum_e += tl.sum(tl.load(at, held[:, None], other=0.0), 0)
+            at += WIDTH
+            sum_es += tl.sum(tl.load(at, held[:, None], other=0.0), 0)
+    live = i < 2 * N
+    pos = tl.load(pos_ptr + i % N, live)
+    _store_losses(loss_ptr, lse_ptr, q_ptr, r_ptr, i, live, top, sum_e, sum_es, pos, t)
+
+
+@triton.jit(do_not_specialize=["N", "row0", "MP"])
+def _fwd_rows_kernel(
+    s_ptr, pos_ptr, temperature_ptr,  # (rows, MP) fp32 rows of S from row0 on; (N,), ()
+    loss_ptr, lse_ptr, q_ptr, r_ptr,  # (2N,)
+    N, row0, MP,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = row0 + tl.program_id(0)
+    s_ptr += tl.program_id(0).to(tl.int64) * MP
+    t = load_temperature(temperature_ptr)
+    scale = 1 / (t * LN2)
+    top = float("-inf")
+    sum_e = 0.0
+    sum_es = 0.0
+    for start in range(0, 2 * N, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        s = tl.load(s_ptr + j, j < 2 * N, other=0.0)
+        x = tl.where(_masked(i, j, N), float("-inf"), s * scale)
+        above = tl.maximum(top, tl.max(x, 0))
+        shift = tl.where(above == float("-inf"), 0.0, above)
+        e = tl.exp2(x - shift)
+        decay = tl.exp2(top - shift)
+        sum_e = sum_e * decay + tl.sum(e, 0)
+        sum_es = sum_es * decay + tl.sum(e * s, 0)
+        top = above
+    top = tl.where(top == float("-inf"), 0.0, top)
+    _store_losses(loss_ptr, lse_ptr, q_ptr, r_ptr, i, i < 2 * N, top, sum_e, sum_es, tl.load(pos_ptr + i % N), t)
+
+
+@triton.jit(do_not_specialize=["N", "MP", "stride_g", "stride_h"])
+def _weights_kernel(
+    grad_loss_ptr, grad_lse_ptr, lse_ptr, scale_ptr, temperature_ptr,  # (2N,) three times, () twice
+    weight_ptr, lse2_ptr,  # (MP,)
+    stride_g, stride_h, N, MP,
+    FOLD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """a_i = g_i + h_i, scaled; where the loop needs no maximum, a_i / Z_i. lse in units of log 2."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < 2 * N
+    weight = tl.load(grad_loss_ptr + i.to(tl.int64) * stride_g, live, other=0.0)
+    weight += tl.load(grad_lse_ptr + i.to(tl.int64) * stride_h, live, other=0.0)
+    if scale_ptr is not None:
+        weight *= tl.load(scale_ptr)
+    lse2 = tl.load(lse_ptr + i, live, other=0.0) / LN2
+    if FOLD:
+        if load_temperature(temperature_ptr) >= SAFE_TEMPERATURE:
+            weight *= tl.exp2(-lse2)
+    tl.store(weight_ptr + i, weight, i < MP)
+    tl.store(lse2_ptr + i, lse2, i < MP)
+
+
+@triton.jit
+def _bwd_tile(
+    zhat_ptr, weight_ptr, lse2_ptr, acc, z_i, weight_i, lse2_i, scale, i0, j0, N,
+    MASK: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    j = j0 + tl.arange(0, BLOCK_N)
+    weight_j = tl.load(weight_ptr + j)[None, :]
+    z_j = _load_tile(zhat_ptr, j0, DP, BLOCK_N)
+    x = dot(z_i, z_j.T, None, PRECISION) * scale  # (BLOCK_M, BLOCK_N)
+    if MASK:
+        i = i0 + tl.arange(0, BLOCK_M)
+        x = tl.where(_masked(i[:, None], j[None, :], N), float("-inf"), x)
+    else:
+        x += _skip(j0 - i0, N, -N, j0 + BLOCK_N > 2 * N, BLOCK_M, BLOCK_N)
+    if FOLDED:
+        w = tl.exp2(x) * (weight_i + weight_j)
+    else:
+        lse2_j = tl.load(lse2_ptr + j)[None, :]
+        w = tl.exp2(x - lse2_i) * weight_i + tl.exp2(x - lse2_j) * weight_j
+    return dot(rounded(w, z_j.dtype), z_j, acc, PRECISION)
+
+
+@triton.jit
+def _bwd_rows(
+    zhat_ptr, weight_ptr, lse2_ptr, acc_ptr, scale, i0, first, last, MP, N,
+    FOLDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    i = i0 + tl.arange(0, BLOCK_M)
+    z_i = _load_tile(zhat_ptr, i0, DP, BLOCK_M)
+    weight_i = tl.load(weight_ptr + i)[:, None]
+    lse2_i = tl.load(lse2_ptr + i)[:, None]
+    acc = tl.zeros((BLOCK_M, DP), tl.float32)
+    for tile in range(first, last):
+        acc = _bwd_tile(
+            zhat_ptr, weight_ptr, lse2_ptr, acc, z_i, weight_i, lse2_i, scale, i0, tile * BLOCK_N, N,
+            False, FOLDED, PRECISION, BLOCK_M, BLOCK_N, DP,
+        )  # fmt: skip
+    done = first
+    for part in tl.range(4, disable_licm=True):
+        low, high = _special(part, done, last, i0, N, BLOCK_M, BLOCK_N)
+        for tile in range(low, high):
+            acc = _bwd_tile(
+                zhat_ptr, weight_ptr, lse2_ptr, acc, z_i, weight_i, lse2_i, scale, i0, tile * BLOCK_N, N,
+                True, FOLDED, PRECISION, BLOCK_M, BLOCK_N, DP,
+            )  # fmt: skip
+        done = tl.maximum(done, high)
+    tl.store(acc_ptr + (tl.arange(0, BLOCK_M)[:, None] * DP + tl.arange(0, DP)[None, :]), acc)
+
+
+@triton.jit(do_not_specialize=["N", "MP", "L"])
+def _bwd_kernel(
+    zhat_ptr, weight_ptr, lse2_ptr, temperature_ptr,  # (MP, DP), (MP,), (MP,), ()
+    acc_ptr,  # (splits, MP, DP): sum over j not i, p of (a_i P_ij + a_j P_ji) z_j
+    N, MP, L,
+    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Program (block, split) owns BLOCK_M rows and the split-th L column tiles. S is symmetric, so that the weights
+    of z_j as a column of row i's softmax and as the row whose softmax holds i share one product."""
+    i0 = tl.program_id(0) * BLOCK_M
+    first = tl.program_id(1) * L
+    last = tl.minimum(first + L, MP // BLOCK_N)
+    t = load_temperature(temperature_ptr)
+    scale = 1 / (t * LN2)
+    acc_ptr += (tl.program_id(1).to(tl.int64) * MP + i0) * DP
+    folded = NORMALIZE and t >= SAFE_TEMPERATURE
+    if folded:
+        _bwd_rows(
+            zhat_ptr, weight_ptr, lse2_ptr, acc_ptr, scale, i0, first, last, MP, N,
+            True, PRECISION, BLOCK_M, BLOCK_N, DP,
+        )  # fmt: skip
+    else:
+        _bwd_rows(
+            zhat_ptr, weight_ptr, lse2_ptr, acc_ptr, scale, i0, first, last, MP, N,
+            False, PRECISION, BLOCK_M, BLOCK_N, DP,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "row0", "MP"])
+def _bwd_rows_kernel(
+    s_ptr, weight_ptr, lse2_ptr, temperature_ptr,  # (rows, MP) fp32 rows of S from row0 on; (MP,), (MP,), ()
+    w_ptr,  # (rows, MP), may be s_ptr
+    N, row0, MP,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = row0 + tl.program_id(0)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * MP + j
+    scale = 1 / (load_temperature(temperature_ptr) * LN2)
+    x = tl.load(s_ptr + at, j < MP) * scale
+    weight_j = tl.load(weight_ptr + j, j < MP)
+    lse2_j = tl.load(lse2_ptr + j, j < MP)
+    w = tl.exp2(x - tl.load(lse2_ptr + i)) * tl.load(weight_ptr + i) + tl.exp2(x - lse2_j) * weight_j
+    w = tl.where(_masked(i, j, N), 0.0, w)
+    tl.store(w_ptr + at, rounded(w, w_ptr.dtype.element_ty), j < MP)
+
+
+@triton.jit
+def _dzhat(acc_ptr, n, d, MP, DP, splits, c, unscale, z, mask):
+    """(1 / t) (sum of the product over its splits + c z_p), for the rows n of acc; z is the positive's row."""
+    total = tl.zeros(z.shape, tl.float32)
+    for split in range(splits):
+        total += tl.load(acc_ptr + (MP.to(tl.int64) * split + n) * DP + d, mask, other=0.0)
+    return total * unscale + c * z
+
+
+@triton.jit(do_not_specialize=["N", "MP", "splits", "stride_g", "stride_h"])
+def _bwd_finish_kernel(
+    acc_ptr, z1_ptr, z2_ptr, norm_ptr,  # (splits, MP, DP), (N, D), (N, D), (2, N)
+    grad_loss_ptr, grad_lse_ptr, q_ptr, scale_ptr, temperature_ptr,  # (2N,) three times, () twice
+    dz1_ptr, dz2_ptr,  # (N, D)
+    stride_1n, stride_1d, stride_2n, stride_2d, stride_g, stride_h, N, MP, D, DP, splits,
+    NORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Adds the positives, projects on the tangent of the unit sphere, and divides by |x|."""
+    n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    live = n < N
+    t = load_temperature(temperature_ptr)
+    unscale = 1.0
+    if scale_ptr is not None:
+        unscale = 1 / tl.load(scale_ptr)
+    # c is the same for both rows of a pair.
+    q1 = tl.load(q_ptr + n, live, other=0.0)
+    q2 = tl.load(q_ptr + n + N, live, other=0.0)
+    c = tl.load(grad_lse_ptr + n * stride_h, live, other=0.0) * (1 - q1)
+    c += tl.load(grad_lse_ptr + (n + N) * stride_h, live, other=0.0) * (1 - q2)
+    c -= tl.load(grad_loss_ptr + n * stride_g, live, other=0.0) * q1
+    c -= tl.load(grad_loss_ptr + (n + N) * stride_g, live, other=0.0) * q2
+    norm1 = tl.load(norm_ptr + n, live, other=1.0)
+    norm2 = tl.load(norm_ptr + N + n, live, other=1.0)
+    inverse1 = 1 / tl.where(norm1 < EPS, EPS, norm1)
+    inverse2 = 1 / tl.where(norm2 < EPS, EPS, norm2)
+    radial1 = tl.zeros((BLOCK_N, 1), tl.float32)
+    radial2 = tl.zeros((BLOCK_N, 1), tl.float32)
+    if NORMALIZE:
+        for start in range(0, D, BLOCK_D):
+            d = (start + tl.arange(0, BLOCK_D).to(tl.int64))[None, :]
+            mask = live & (d < D)
+            x1, x2 = _load_pair(z1_ptr, z2_ptr, stride_1n, stride_1d, stride_2n, stride_2d, n, d, mask)
+            z1 = x1 * inverse1
+            z2 = x2 * inverse2
+            radial1 += tl.sum(_dzhat(acc_ptr, n, d, MP, DP, splits, c, unscale, z2, mask) * z1, 1, keep_dims=True)
+            radial2 += tl.sum(_dzhat(acc_ptr, n + N, d, MP, DP, splits, c, unscale, z1, mask) * z2, 1, keep_dims=True)
+        # F.normalize divides by a constant below EPS: no projection there.
+        radial1 = tl.where(norm1 < EPS, 0.0, radial1)
+        radial2 = tl.where(norm2 < EPS, 0.0, radial2)
+    for start in range(0, D, BLOCK_D):
+        d = (start + tl.arange(0, BLOCK_D).to(tl.int64))[None, :]
+        mask = live & (d < D)
+        x1, x2 = _load_pair(z1_ptr, z2_ptr, stride_1n, stride_1d, stride_2n, stride_2d, n, d, mask)
+        z1 = x1 * inverse1
+        z2 = x2 * inverse2
+        dz1 = (_dzhat(acc_ptr, n, d, MP, DP, splits, c, unscale, z2, mask) - radial1 * z1) * (inverse1 / t)
+        dz2 = (_dzhat(acc_ptr, n + N, d, MP, DP, splits, c, unscale, z1, mask) - radial2 * z2) * (inverse2 / t)
+        tl.store(dz1_ptr + n * D + d, rounded(dz1, dz1_ptr.dtype.element_ty), mask)
+        tl.store(dz2_ptr + n * D + d, rounded(dz2, dz2_ptr.dtype.element_ty), mask)
+
+
+def _fused(z: Tensor) -> bool:
+    """Whether the products run inside the kernels. Without tensor cores cuBLAS's fp32 product is the better one."""
+    return z.shape[1] <= 256 and (z.dtype != torch.float32 or dot_precision(z.dtype) == "tf32")
+
+
+def _key(z: Tensor) -> tuple[int, int, int]:
+    return arch(z.device), z.element_size(), max(64, triton.next_power_of_2(z.shape[1]))
+
+
+def _row_blocks(D: int) -> dict[str, int]:
+    """Blocks of the kernels that walk over rows: about 2048 numbers a program."""
+    block_d = min(triton.next_power_of_2(D), 1024)
+    return {"BLOCK_N": max(1, 2048 // block_d), "BLOCK_D": block_d}
+
+
+def _prepare(z1: Tensor, z2: Tensor, normalize: bool, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Operands (MP, DP) in z's dtype, norms (2, N), s_ip (N,)."""
+    N, D = z1.shape
+    DP = max(16, triton.next_power_of_2(D)) if _fused(z1) else triton.cdiv(D, 16) * 16
+    MP = triton.cdiv(2 * N, tile) * tile
+    zhat = z1.new_empty(MP, DP)
+    norm = z1.new_empty(2, N, dtype=torch.float32)
+    pos = z1.new_empty(N, dtype=torch.float32)
+    pairs = MP - N  # and as many more as there are padded rows
+    blocks = _row_blocks(DP)
+    _prepare_kernel[(triton.cdiv(pairs, blocks["BLOCK_N"]),)](
+        z1, z2, zhat, norm, pos, *z1.stride(), *z2.stride(), N, pairs, D, DP, NORMALIZE=normalize, **blocks
+    )
+    return zhat, norm, pos
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32 whatever the operands; cuBLAS follows torch.backends.cuda.matmul for fp32 ones."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _chunks(MP: int) -> list[slice]:
+    rows = max(128, CHUNK_BYTES // (4 * MP) // 128 * 128)
+    return [slice(start, min(start + rows, MP)) for start in range(0, MP, rows)]
+
+
+def nt_xent_fwd(
+    z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, lse, q, r (2N,) fp32 of z1, z2 (N, D) fp16, bf16 or fp32 and a temperature () fp32; see ops/nt_xent.py."""
+    run = lambda config: _fwd_fused(z1, z2, temperature, normalize, config)  # noqa: E731
+    with torch.cuda.device_of(z1):
+        if _fused(z1):
+            return run(pick("FWD_CONFIGS", _key(z1), FWD_CONFIGS, CANDIDATES, run))
+        return _fwd_chunked(z1, z2, temperature, normalize)
+
+
+def _fwd_fused(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, config: Config) -> tuple[Tensor, ...]:
+    N, BLOCK_M = len(z1), config.BLOCK_M
+    zhat, _, pos = _prepare(z1, z2, normalize, BLOCK_M)
+    T = len(zhat) // BLOCK_M
+    sms = multiprocessors(z1.device)
+    # A slot of column sums covers half the columns: one group a multiprocessor bounds them, splits fill the rest.
+    R = triton.cdiv(T, max(2, sms))
+    groups = triton.cdiv(T, R)
+    S = split_count(groups, (T // 2 + 1) * R, config.programs * sms)
+    L = triton.cdiv(T // 2 + 1, S)
+    sizes = N, len(zhat), R, S, L, (L + R - 1) * BLOCK_M
+    rows = pos.new_empty(3, S, len(zhat))
+    columns = pos.new_zeros(groups * S, 2, sizes[-1] if normalize else 0)
+    _fwd_kernel[(groups * S,)](
+        zhat, temperature, rows, columns, *sizes,
+        NORMALIZE=normalize, PRECISION=dot_precision(z1.dtype),
+        BLOCK_M=BLOCK_M, BLOCK_N=config.BLOCK_N, DP=zhat.shape[1],
+        **config.options,
+    )  # fmt: skip
+    out = pos.new_empty(4, 2 * N).unbind()
+    BLOCK = min(64, BLOCK_M)
+    _fwd_merge_kernel[(triton.cdiv(2 * N, BLOCK),)](
+        rows, columns, pos, temperature, *out, *sizes, groups * S,
+        NORMALIZE=normalize, BLOCK_M=BLOCK_M, BLOCK=BLOCK, BLOCK_S=32,
+    )  # fmt: skip
+    return out
+
+
+def _fwd_chunked(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool) -> tuple[Tensor, ...]:
+    N = len(z1)
+    zhat, _, pos = _prepare(z1, z2, normalize, 16)
+    out = [pos.new_empty(2 * N) for _ in range(4)]
+    for rows in _chunks(len(zhat)):
+        s = _product(zhat[rows], zhat.T)
+        _fwd_rows_kernel[(len(s),)](s, pos, temperature, *out, N, rows.start, s.shape[1], BLOCK=2048)
+    return tuple(out)
+
+
+def nt_xent_bwd(
+    grad_loss: Tensor, grad_lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, lse: Tensor, q: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dz1, dz2 (N, D) in z's dtype from the gradients (2N,) of loss and lse and the forward's lse and q."""
+    args = grad_loss, grad_lse, z1, z2, temperature, lse.contiguous(), q.contiguous(), normalize
+    run = lambda config: _bwd(*args, config)  # noqa: E731
+    with torch.cuda.device_of(z1):
+        return run(pick("BWD_CONFIGS", _key(z1), BWD_CONFIGS, CANDIDATES, run) if _fused(z1) else None)
+
+
+def _bwd(
+    grad_loss: Tensor, grad_lse: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, lse: Tensor, q: Tensor,
+    normalize: bool, config: Config | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    N, D = z1.shape
+    zhat, norm, _ = _prepare(z1, z2, normalize, config.BLOCK_M if config else 16)
+    MP, DP = zhat.shape
+    scale = None
+    if z1.dtype == torch.float16:
+        # A weight is at most 2 max |a|: stretched to fp16's range, those of 1e-9 keep their bits.
+        scale = 2**14 / (grad_loss + grad_lse).abs().amax().clamp(min=1e-30)
+    weight, lse2 = lse.new_empty(2, MP).unbind()
+    _weights_kernel[(triton.cdiv(MP, 1024),)](
+        grad_loss, grad_lse, lse, scale, temperature, weight, lse2, *grad_loss.stride(), *grad_lse.stride(), N, MP,
+        FOLD=config is not None and normalize, BLOCK=1024,
+    )  # fmt: skip
+    if config:
+        tiles = MP // config.BLOCK_N
+        splits = split_count(MP // config.BLOCK_M, tiles, config.programs * multiprocessors(z1.device))
+        acc = lse.new_empty(splits, MP, DP)
+        _bwd_kernel[(MP // config.BLOCK_M, splits)](
+            zhat, weight, lse2, temperature, acc, N, MP, triton.cdiv(tiles, splits),
+            NORMALIZE=normalize, PRECISION=dot_precision(z1.dtype),
+            BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, DP=DP,
+            **config.options,
+        )  # fmt: skip
+    else:
+        splits, acc = 1, lse.new_empty(MP, DP)
+        for rows in _chunks(MP):
+            s = _product(zhat[rows], zhat.T)
+            w = s if zhat.dtype == s.dtype else torch.empty_like(s, dtype=zhat.dtype)
+            _bwd_rows_kernel[(len(s), triton.cdiv(MP, 1024))](
+                s, weight, lse2, temperature, w, N, rows.start, MP, BLOCK=1024
+            )
+            acc[rows] = _product(w, zhat)
+    dz1, dz2 = (z1.new_empty(N, D) for _ in range(2))
+    blocks = _row_blocks(D)
+    _bwd_finish_kernel[(triton.cdiv(N, blocks["BLOCK_N"]),)](
+        acc, z1, z2, norm, grad_loss, grad_lse, q, scale, temperature, dz1, dz2,
+        *z1.stride(), *z2.stride(), *grad_loss.stride(), *grad_lse.stride(), N, MP, D, DP, splits,
+        NORMALIZE=normalize, **blocks,
+    )  # fmt: skip
+    return dz1, dz2

@@ -1,0 +1,141 @@
+"""`ssl-fast COMMAND key=value ...`: the functions of the package, with their own names and arguments."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from ssl_fast import info
+from ssl_fast._extras import nearest, require
+from ssl_fast.augment import Policy
+from ssl_fast.demo import demo
+from ssl_fast.evaluate import evaluate
+from ssl_fast.train import method_arguments, train
+
+
+def show_info() -> None:
+    """Every op by backend, and why one is not there; versions, CPU and GPU."""
+    info.main()
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"train": train, "evaluate": evaluate, "demo": demo, "info": show_info}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 after an error, 2 for a wrong command line, 130 after Ctrl-C."""
+    name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}, {nearest(name, list(COMMANDS))}allowed: {', '.join(COMMANDS)}", 2)
+    command = COMMANDS[name]
+    if any(word in ("-h", "--help", "help") for word in words):
+        print(f"ssl-fast {name} key=value ...\n\n{inspect.getdoc(command)}\n\nDefaults: {_defaults(command)}")
+        return 0
+    try:
+        arguments = _parse(command, words)
+    except (ValueError, ImportError) as error:
+        return _fail(f"{name}: {error}", 2)
+    try:
+        result = command(**arguments)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        return _fail(f"{name}: {error}", 1)
+    if isinstance(result, dict) and command is not demo:
+        print("\n".join(f"{key:12} {value}" for key, value in result.items()))
+    return 0
+
+
+def _parse(command: Callable[..., Any], words: list[str]) -> dict[str, Any]:
+    pairs: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"got {word!r}, allowed: key=value, such as {_example(command, word)}")
+        pairs[key.removeprefix("--")] = value
+    allowed = _allowed(command, pairs.get("method", "simclr"))
+    for key in pairs:
+        if key not in allowed:
+            raise ValueError(f"unknown key {key!r}, {nearest(key, list(allowed))}allowed: {', '.join(allowed)}")
+    given = {key: _convert(key, value, allowed[key].annotation) for key, value in pairs.items()}
+    if command is train and given.get("resume"):
+        given = _of_the_run(given, allowed) | given
+    for key, parameter in allowed.items():
+        if parameter.default is parameter.empty and key not in given:
+            raise ValueError(f"{key}= is missing; `ssl-fast {command.__name__} --help` explains every key")
+    return given
+
+
+def _allowed(command: Callable[..., Any], method: str) -> dict[str, inspect.Parameter]:
+    """What a command line can give: the parameters of the command and of its method that plain values fill."""
+    parameters = dict(inspect.signature(command, eval_str=True).parameters)
+    if parameters.pop("method_args", None):
+        parameters |= method_arguments(method)
+    return {key: p for key, p in parameters.items() if set(_kinds(p.annotation)) & {bool, int, float, str}}
+
+
+def _of_the_run(given: dict[str, Any], allowed: dict[str, inspect.Parameter]) -> dict[str, Any]:
+    """The arguments of the run to resume, so that `out=... resume=true` is enough."""
+    path = Path(given.get("out", "")).expanduser() / "args.yaml"
+    if not path.is_file():
+        return {}
+    saved = require("yaml", "args.yaml").safe_load(path.read_text())
+    if isinstance(saved["augment"], dict):
+        saved["augment"] = Policy(**saved["augment"])
+    return {key: value for key, value in saved.items() if key in _allowed(train, saved["method"])}
+
+
+def _convert(key: str, raw: str, annotation: Any) -> Any:
+    """A word of the command line as the first type of the annotation that reads it."""
+    readers: dict[Any, Callable[[str], Any]] = {
+        NoneType: {"none": None}.__getitem__,
+        bool: {"true": True, "false": False}.__getitem__,
+        int: int,
+        float: float,
+        str: str,
+    }
+    kinds = [kind for kind in readers if kind in _kinds(annotation)]
+    for kind in kinds:
+        try:
+            return readers[kind](raw.lower() if kind in (NoneType, bool) else raw)
+        except (KeyError, ValueError):
+            continue
+    names = {NoneType: "none", bool: "true or false", int: "a whole number", float: "a number"}
+    raise ValueError(f"{key}: got {raw!r}, allowed: {' or '.join(names[kind] for kind in reversed(kinds))}")
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) or (annotation,)
+
+
+def _example(command: Callable[..., Any], word: str) -> str:
+    parameters = inspect.signature(command).parameters
+    key = word.lstrip("-")
+    return f"{key}=..." if key in parameters else f"{next(iter(parameters), 'key')}=..."
+
+
+def _defaults(command: Callable[..., Any]) -> str:
+    allowed = _allowed(command, "simclr")
+    pairs = [f"{k}={str(p.default).lower()}" for k, p in allowed.items() if p.default is not p.empty]
+    return " ".join(pairs) or "no keys"
+
+
+def _overview() -> str:
+    lines = [f"  {name:10}{(inspect.getdoc(f) or '').splitlines()[0]}" for name, f in COMMANDS.items()]
+    return "\n".join(["ssl-fast COMMAND key=value ...", "", *lines, "", "ssl-fast COMMAND --help lists the keys."])
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"ssl-fast: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

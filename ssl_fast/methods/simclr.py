@@ -1,0 +1,66 @@
+"""SimCLR (Chen et al. 2020, arXiv 2002.05709), Algorithm 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ssl_fast.ops.nt_xent import NTXentLoss
+
+HEADS = ("nonlinear", "linear", "none")
+
+
+class SimCLR(nn.Module):
+    """Two views of each image through the encoder f and the projection head g, and NT-Xent between them.
+
+    h = f(x) is what a downstream task uses; z = g(h) exists for the loss alone. Both views pass f and g as one batch
+    of 2N, so that batch norm sees them together, and the loss never holds the 2N x 2N similarities.
+
+    Args:
+        encoder: maps images (N, C, H, W) to h (N, features).
+        features: the width of h.
+        dim: the width of z; not used by head="none", where z is h.
+        head: "nonlinear" W2 relu(BN(W1 h)) with a hidden layer as wide as h, "linear" W h, or "none" (section 4.2).
+        temperature: as in NTXentLoss.
+        loss: what replaces NTXentLoss(temperature), called on z of the first and of the second views, (N, dim) each.
+
+    Example:
+        >>> model = SimCLR(encoder, features=512)
+        >>> model(view1, view2).backward()
+        >>> h = model.encoder(images)
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        features: int,
+        dim: int = 128,
+        head: str = "nonlinear",
+        temperature: float = 0.5,
+        loss: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if head not in HEADS:
+            raise ValueError(f"head: got {head!r}, allowed: {', '.join(HEADS)}")
+        self.encoder = encoder
+        self.head = projection_head(head, features, dim)
+        self.loss = NTXentLoss(temperature) if loss is None else loss
+
+    def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
+        """The loss, a scalar, of two views (N, C, H, W) of the same N images."""
+        z1, z2 = self.head(self.encoder(torch.cat([view1, view2]))).chunk(2)
+        return self.loss(z1, z2)
+
+
+def projection_head(kind: str, features: int, dim: int) -> nn.Module:
+    """g of section 4.2, from (N, features) to (N, dim): "nonlinear", "linear" or "none"."""
+    if kind == "none":
+        return nn.Identity()
+    if kind == "linear":
+        return nn.Linear(features, dim, bias=False)
+    return nn.Sequential(
+        nn.Linear(features, features, bias=False),
+        nn.BatchNorm1d(features),
+        nn.ReLU(inplace=True),
+        nn.Linear(features, dim),
+    )

@@ -1,0 +1,73 @@
+"""The pictures of a run, written to out/plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_fast._extras import require
+from ssl_fast.augment import MEAN_STD
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss and kNN accuracy against the step, from the rows of metrics.jsonl."""
+    figure, axis = _figure((7, 4))
+    loss, knn = ([(r["step"], r[key]) for r in rows if key in r] for key in ("loss", "knn"))
+    if loss:
+        axis.plot(*zip(*loss), color="tab:blue", linewidth=1)
+    axis.set(xlabel="step", ylabel="loss")
+    axis.yaxis.label.set_color("tab:blue")
+    if knn:
+        right = axis.twinx()
+        right.plot(*zip(*knn), color="tab:orange", marker=".")
+        right.set_ylabel("kNN accuracy", color="tab:orange")
+    _save(figure, path)
+
+
+def plot_pca(panels: dict[str, Tensor], labels: Tensor, path: Path, limit: int = 5000) -> None:
+    """The first two principal components of features (N, F), one panel per title, coloured by label (N,)."""
+    figure, axes = _figure((5 * len(panels), 4.5), columns=len(panels))
+    for axis, (title, features) in zip([axes] if len(panels) == 1 else axes, panels.items()):
+        points, y = pca(features[:limit]).cpu(), labels[:limit].cpu()
+        dots = axis.scatter(*points.T, c=y, s=6, cmap="tab10" if int(y.max()) < 10 else "viridis", linewidths=0)
+        axis.set(title=title, xticks=[], yticks=[])
+    if int(labels.min()) >= 0:
+        figure.colorbar(dots, ax=axes, label="class")
+    _save(figure, path)
+
+
+def pca(features: Tensor) -> Tensor:
+    """Projection (N, 2) of features (N, F) on their first two principal components, each with a fixed sign."""
+    centred = features.float() - features.float().mean(0)
+    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
+    axes = axes[:2]
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+    return centred @ axes.T
+
+
+def plot_views(images: Tensor, view1: Tensor, view2: Tensor, path: Path, columns: int = 8) -> None:
+    """The first images (uint8) of a batch above their two views (normalised floats)."""
+    n = min(columns, len(images))
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in MEAN_STD[images.shape[1]])
+    rows = [images[:n].cpu().float() / 255] + [v[:n].cpu().float() * std + mean for v in (view1, view2)]
+    figure, axes = _figure((1.2 * n, 3.8), rows=3, columns=n)
+    for i, (row, title) in enumerate(zip(rows, ("image", "view 1", "view 2"))):
+        for axis, image in zip(axes[i] if n > 1 else [axes[i]], row):
+            axis.imshow(image.clamp(0, 1).permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+        (axes[i][0] if n > 1 else axes[i]).set_ylabel(title)
+    _save(figure, path)
+
+
+def _figure(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes without pyplot, whose global state a library has no business in."""
+    figure = require("matplotlib.figure", "the plots").Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,319 @@
+"""`train`: contrastive pretraining, from images to an encoder, in one readable loop."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_fast._extras import nearest, require
+from ssl_fast.augment import Policy, TwoViews, policy_named
+from ssl_fast.backbones import SMALL_IMAGE, build_encoder
+from ssl_fast.data import ImageData, Loader, epoch_batches, load_data
+from ssl_fast.evaluate import embedding_std, encode, knn_on
+from ssl_fast.methods import METHODS
+from ssl_fast.optim import DEFAULTS, build_optimizer, warmup_cosine
+from ssl_fast.plots import plot_curves, plot_pca, plot_views
+from ssl_fast.progress import Interruption, Progress, Stopwatch
+from ssl_fast.run import Run, pick_device, read_rows, rng_state, set_rng_state
+
+log = logging.getLogger("ssl_fast")
+
+
+def train(
+    out: str | Path,
+    data: str | Path = "digits",
+    method: str = "simclr",
+    model: str | nn.Module = "resnet18",
+    *,
+    epochs: int = 100,
+    batch_size: int = 256,
+    data_dir: str | Path | None = None,
+    image_size: int | None = None,
+    augment: str | Policy = "auto",
+    stem: str = "auto",
+    optimizer: str = "lars",
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    warmup_epochs: float | None = None,
+    precision: str = "fp32",
+    device: str = "auto",
+    num_workers: int | None = None,
+    seed: int = 0,
+    knn_every: int = 1,
+    log_every: int = 10,
+    save_every: int = 0,
+    keep_every: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    **method_args: Any,
+) -> dict[str, Any]:
+    """Train an encoder without labels; everything of the run is written to the folder `out`.
+
+    A run is a function of its arguments: an interrupted one continues with the same arguments and resume=True, and
+    ends with the weights and metrics of an unbroken one (to the bit on a CPU with as many threads; on a GPU as far as
+    its convolutions are deterministic). Data order and augmentation depend on (seed, epoch, step) alone.
+
+    Args:
+        out: folder for args.yaml, metrics.jsonl, train.log, TensorBoard events, checkpoints/ and plots/.
+        data: "digits", "fashion_mnist", "cifar10", "stl10", or the path of a folder of images.
+        method: "simclr".
+        model: "convnet", a torchvision or timm name, or an nn.Module from images to (N, features).
+        epochs: passes over the images; the last, incomplete batch of a pass is left out.
+        batch_size: images a step; each gives two views.
+        data_dir: where the files of a named data set are, or are downloaded to.
+        image_size: pixels of a view's side; default the images' own, 224 for folders.
+        augment: "simclr", "simclr_small" (no blur, s = 0.5), "digits" (no flip), a ssl_fast.augment.Policy, or "auto"
+            by data set and image size.
+        stem: "small" (3x3, for ResNets), "imagenet" (7x7), or "auto": small up to 64 pixels.
+        optimizer: "lars", "sgd" or "adamw".
+        lr: peak learning rate; default 0.3 (lars), 0.03 (sgd) or 5e-4 (adamw) times batch_size / 256.
+        weight_decay: default 1e-6, 1e-4 or 0.05; never on biases and normalisation.
+        warmup_epochs: of linear warm-up before the cosine decay; default a tenth of the epochs, at most 10.
+        precision: "fp32", or "bf16" for autocast (the loss is fp32 in any case).
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        num_workers: processes that decode images from a folder; 0 decodes in this one; default one a core, at most 8.
+        seed: of weights, data order and augmentation.
+        knn_every: epochs between kNN evaluations (k = 20, or 200 from 10,000 images up; t = 0.07); 0 for none.
+        log_every: steps between rows of metrics.jsonl.
+        save_every: steps between checkpoints, beside the one at the end of each epoch.
+        keep_every: epochs between checkpoints kept as epoch_NNNN.pt; 0 keeps only last.pt.
+        resume: continue the run in `out` from its last checkpoint; only data_dir, device and num_workers may differ.
+        overwrite: replace the run in `out`.
+        method_args: further arguments of the method; for SimCLR head="nonlinear" | "linear" | "none", dim=128,
+            temperature=0.5.
+
+    Returns:
+        A dict: `checkpoint`, `step`, `epoch`, and the last `loss`, `std` and `knn` recorded.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: before anything is written, for arguments that do not fit.
+        FloatingPointError: when the loss is no longer finite; the last checkpoint is from before.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint of the current step is saved.
+
+    Example:
+        >>> train("out/digits", data="digits", model="convnet", epochs=50)
+    """
+    run = Run(out, _arguments(locals()), resume, overwrite)
+    chosen = pick_device(device)
+    images = load_data(data, data_dir, image_size)
+    _check_batch(batch_size, images)
+    workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+
+    torch.manual_seed(seed)
+    encoder, features = build_encoder(model, images.size, images.channels, stem)
+    network = METHODS[method](encoder, features, **method_args).to(chosen, memory_format=torch.channels_last)
+    views = TwoViews(_policy(augment, images), images.size, images.channels)
+    optim = build_optimizer(network, optimizer, batch_size, lr, weight_decay)
+    peak = [group["lr"] for group in optim.param_groups]
+    embeddings = _LastOutput(network.head)
+
+    steps_per_epoch = len(images.train) // batch_size
+    total = epochs * steps_per_epoch
+    warmup = round((min(10, epochs / 10) if warmup_epochs is None else warmup_epochs) * steps_per_epoch)
+    step = _restore(run.saved, network, optim, images) if run.saved else 0
+
+    def measure_knn() -> None:
+        row = {"step": step, "epoch": round(step / steps_per_epoch, 4), **knn_on(encoder, images, chosen, workers)}
+        run.record(row)
+        progress.show(row, line=True)
+
+    def save() -> None:
+        epoch, rest = divmod(step, steps_per_epoch)
+        keep = keep_every and not rest and epoch % keep_every == 0
+        facts = {"images": len(images.train), "image_size": images.size, "channels": images.channels}
+        facts |= {"args": run.config, "named": isinstance(model, str), "step": step}
+        state = {"model": network.state_dict(), "optimizer": optim.state_dict(), "rng": rng_state()}
+        run.save(facts | state, copy=f"epoch_{epoch:04d}.pt" if keep else None)
+
+    run.open()
+    progress, watch = Progress(total, step), Stopwatch()
+    try:
+        for note in [*images.notes, _summary(run, network, images, chosen, total, step)]:
+            log.info("%s", note)
+        if knn_every and images.test is None:
+            log.info("kNN is skipped: %s has no labels", images.name)
+            knn_every = 0
+        with Interruption() as interruption:
+            if knn_every and step == 0:
+                measure_knn()  # the random encoder, which the curve starts from
+            network.train()
+            watch.restart()
+            for epoch, batch in watch.waiting(_batches(images, chosen, workers, batch_size, seed, step, epochs)):
+                view1, view2 = views(batch, key=(seed, epoch, step))
+                if step == 0:
+                    plot_views(batch, view1, view2, run.plots / "views.png")
+                factor = warmup_cosine(step, total, warmup)
+                for group, rate in zip(optim.param_groups, peak):
+                    group["lr"] = rate * factor
+                with torch.autocast(chosen.type, torch.bfloat16, enabled=precision == "bf16"):
+                    loss = network(view1, view2)
+                optim.zero_grad(set_to_none=True)
+                loss.backward()
+                optim.step()
+                step += 1
+                watch.count(len(batch))
+
+                epoch_ends = step % steps_per_epoch == 0
+                if step % log_every == 0:
+                    z = embeddings.last
+                    row = {"step": step, "epoch": round(step / steps_per_epoch, 4), "loss": _finite(loss, step, run)}
+                    row |= {"lr": peak[0] * factor, "std": embedding_std(z), **watch.lap()}
+                    run.record(row)
+                    progress.show(row)
+                    _warn_of_collapse(row["std"], z.shape[1])
+                if epoch_ends or interruption.requested or (save_every and step % save_every == 0):
+                    _finite(loss, step, run)
+                    with watch.paused():
+                        if epoch_ends and knn_every and (step // steps_per_epoch % knn_every == 0 or step == total):
+                            measure_knn()
+                        save()
+                if interruption.requested and step < total:
+                    raise KeyboardInterrupt
+        _draw(run, encoder, images, chosen, workers)
+        log.info("done: %s", run.last)
+    except KeyboardInterrupt:
+        log.info(
+            "interrupted at step %d of %d; continue with the same arguments and resume=True, or by "
+            "`ssl-fast train out=%s resume=true`", step, total, run.out,
+        )
+        raise
+    except Exception:
+        log.debug("stopped at step %d of %d", step, total, exc_info=True)
+        raise
+    finally:
+        progress.close()
+        run.close()
+    return {"checkpoint": str(run.last), **{key: value for row in read_rows(run.metrics) for key, value in row.items()}}
+
+
+def _batches(
+    images: ImageData, device: torch.device, workers: int, batch_size: int, seed: int, step: int, epochs: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(epoch, uint8 images) of every step from `step` on."""
+    loader, n = Loader(images.train, device, workers), len(images.train)
+    first, done = divmod(step, n // batch_size)
+    for epoch in range(first, epochs):
+        for batch, _ in loader(epoch_batches(n, batch_size, seed, epoch)[done:]):
+            yield epoch, batch
+        done = 0
+
+
+class _LastOutput:
+    """Keeps what a module returned last, without its graph."""
+
+    last: Tensor
+
+    def __init__(self, module: nn.Module) -> None:
+        module.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.last = output.detach()
+
+
+def method_arguments(method: str) -> dict[str, inspect.Parameter]:
+    """The arguments beyond encoder and features that `train(method=...)` hands to a method."""
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, {nearest(method, list(METHODS))}allowed: {', '.join(METHODS)}")
+    parameters = inspect.signature(METHODS[method], eval_str=True).parameters
+    return {name: p for name, p in parameters.items() if name not in ("encoder", "features")}
+
+
+def _arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Check the arguments of `train` and return them as args.yaml holds them."""
+    for module in ("yaml", "tqdm", "matplotlib", "kornia"):
+        require(module, "ssl_fast.train")
+    config = {k: v for k, v in given.items() if k not in ("out", "resume", "overwrite", "method_args")}
+    extra, known = given["method_args"], method_arguments(given["method"])
+    for name in extra:
+        if name not in known:
+            allowed = [*config, *known]
+            raise TypeError(f"train: unknown argument {name!r}, {nearest(name, allowed)}allowed: {', '.join(allowed)}")
+    config |= {name: extra.get(name, p.default) for name, p in known.items()}
+
+    at_least = {"epochs": 1, "batch_size": 2, "log_every": 1, "knn_every": 0, "save_every": 0, "keep_every": 0, "seed": 0}
+    at_least |= {"num_workers": 0} if config["num_workers"] is not None else {}
+    for key, low in at_least.items():
+        if not isinstance(config[key], int) or config[key] < low:
+            raise ValueError(f"{key}: got {config[key]!r}, allowed: a whole number >= {low}")
+    for key in ("lr", "weight_decay", "warmup_epochs"):
+        if config[key] is not None and not 0 <= config[key] < math.inf:
+            raise ValueError(f"{key}: got {config[key]!r}, allowed: a finite number >= 0")
+    for key, allowed in (("optimizer", list(DEFAULTS)), ("precision", ["fp32", "bf16"])):
+        if config[key] not in allowed:
+            raise ValueError(f"{key}: got {config[key]!r}, {nearest(str(config[key]), allowed)}allowed: {', '.join(allowed)}")
+    if config["augment"] != "auto":
+        policy_named(config["augment"])
+    return {key: _plain(value) for key, value in config.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML holds it; a module by the name of its class."""
+    if isinstance(value, Policy):
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
+    if isinstance(value, Path):
+        return str(value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else f"<{type(value).__qualname__}>"
+
+
+def _check_batch(batch_size: int, images: ImageData) -> None:
+    if batch_size > len(images.train):
+        raise ValueError(f"batch_size: got {batch_size}, allowed: 2 to {len(images.train)}, the training images of {images.name}")
+
+
+def _policy(augment: str | Policy, images: ImageData) -> Policy:
+    if augment == "auto":
+        small = "simclr_small" if images.size <= SMALL_IMAGE else "simclr"
+        augment = "digits" if images.name == "digits" else small
+    return policy_named(augment)
+
+
+def _restore(saved: dict[str, Any], network: nn.Module, optim: torch.optim.Optimizer, images: ImageData) -> int:
+    """Load a checkpoint into a run, and return its step."""
+    if saved["images"] != len(images.train):
+        raise ValueError(
+            f"resume: {images.name} had {saved['images']} training images, now {len(images.train)}; "
+            "restore the files, or start another run in a new folder"
+        )
+    network.load_state_dict(saved["model"])
+    optim.load_state_dict(saved["optimizer"])
+    set_rng_state(saved["rng"])
+    return saved["step"]
+
+
+def _summary(run: Run, network: nn.Module, images: ImageData, device: torch.device, total: int, step: int) -> str:
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    what = f"{run.config['method']} on {len(images.train)} images of {images.name} ({images.size} pixels), {millions:.1f} M parameters"
+    return f"{what}, on {device}, steps {step} to {total}, in {run.out}"
+
+
+def _finite(loss: Tensor, step: int, run: Run) -> float:
+    value = loss.item()
+    if not math.isfinite(value):
+        kept = f"{run.last} is from before" if run.last.exists() else "no checkpoint was saved yet"
+        raise FloatingPointError(f"the loss is {value} at step {step}; {kept}. Lower lr, lengthen warmup_epochs, or use precision=fp32")
+    return value
+
+
+def _warn_of_collapse(std: float, dim: int) -> None:
+    healthy = dim**-0.5
+    if std < 0.02 * healthy:
+        log.warning(
+            "collapse: the embeddings' standard deviation is %.1e, healthy is about %.1e; they all point the same way. "
+            "Lower lr, or raise temperature or batch_size", std, healthy,
+        )
+
+
+def _draw(run: Run, encoder: nn.Module, images: ImageData, device: torch.device, workers: int) -> None:
+    """The curves, and the embedding of the test images (of the training images where there are no labels)."""
+    plot_curves(read_rows(run.metrics), run.plots / "curves.png")
+    h, labels = encode(encoder, images.test or images.train, images.size, device, num_workers=workers)
+    plot_pca({f"h of {images.name}, PCA": h}, labels, run.plots / "pca.png")
