@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -105,10 +104,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """fp32 to dtype, to nearest even."""
-    if INTERPRETED:  # which truncates to bf16
-        if dtype == tl.bfloat16:
-            bits = x.to(tl.int32, bitcast=True)
-            x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    if INTERPRETED and dtype == tl.bfloat16:  # where the interpreter truncates
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 

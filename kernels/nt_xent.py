@@ -14,36 +14,43 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from ssl_fast.kernels._common import (
     Config,
     arch,
     dot,
     dot_precision,
     load_temperature,
-    log1p,
     multiprocessors,
     pick,
     rounded,
     split_count,
 )
+from ssl_fast.kernels._nt_xent_rows import (
+    LN2,
+    SAFE_TEMPERATURE,
+    bwd_finish_kernel,
+    bwd_rows_kernel,
+    fwd_rows_kernel,
+    masked,
+    prepare,
+    row_blocks,
+    store_losses,
+    weights_kernel,
+)
+from torch import Tensor
 
-SAFE_TEMPERATURE = tl.constexpr(0.025)
-LN2 = tl.constexpr(0.6931471805599453)
-EPS = tl.constexpr(1e-12)  # of F.normalize
 CHUNK_BYTES = 64 << 20  # of fp32 logits held at a time on the chunked path
 
 # (arch, bytes of an operand, DP up to): Config. Not yet measured on a GPU; chosen to compile without spills.
 FWD_CONFIGS = {
     (80, 2, 64): Config(64, 64, 4, 3, 2),
     (80, 2, 128): Config(64, 64, 4, 3, 2),
-    (80, 2, 256): Config(64, 64, 4, 2, 1),
+    (80, 2, 256): Config(64, 64, 4, 2, 1, 240),
     (80, 4, 64): Config(64, 64, 4, 2, 2),
-    (80, 4, 128): Config(64, 64, 4, 2, 1),
+    (80, 4, 128): Config(64, 64, 4, 2, 1, 240),
     (80, 4, 256): Config(32, 32, 4, 2, 1),
-    (90, 2, 64): Config(128, 64, 4, 3, 2),
-    (90, 2, 128): Config(128, 64, 4, 3, 2),
+    (90, 2, 64): Config(128, 64, 8, 3, 1),
+    (90, 2, 128): Config(128, 64, 8, 3, 1),
     (90, 2, 256): Config(128, 64, 8, 2, 1),
     (90, 4, 64): Config(64, 64, 4, 2, 2),
     (90, 4, 128): Config(64, 64, 4, 2, 2),
@@ -67,7 +74,7 @@ BWD_CONFIGS = {
     (90, 2, 256): Config(128, 64, 8, 2, 1),
     (90, 4, 64): Config(64, 64, 4, 2, 2),
     (90, 4, 128): Config(64, 64, 4, 2, 2),
-    (90, 4, 256): Config(64, 32, 4, 2, 1),
+    (90, 4, 256): Config(32, 32, 4, 2, 1),
     (100, 2, 64): Config(64, 64, 4, 3, 2),
     (100, 2, 128): Config(64, 64, 4, 3, 2),
     (100, 2, 256): Config(128, 64, 8, 2, 1),
@@ -76,57 +83,11 @@ BWD_CONFIGS = {
     (100, 4, 256): Config(64, 32, 4, 2, 1),
 }
 CANDIDATES = tuple(
-    Config(m, n, warps, stages, programs, 65536 // (32 * warps * programs) // 8 * 8 if programs > 1 else None)
+    Config(m, n, warps, stages, programs, cap)
     for m, n, warps in ((64, 64, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8))
     for stages in (2, 3, 4)
-    for programs in (1, 2, 3)
+    for programs, cap in ((1, None), (2, None), (2, 128), (3, 168))
 )
-
-
-@triton.jit
-def _load_pair(z1_ptr, z2_ptr, stride_1n, stride_1d, stride_2n, stride_2d, n, d, mask):
-    x1 = tl.load(z1_ptr + n * stride_1n + d * stride_1d, mask, other=0.0).to(tl.float32)
-    x2 = tl.load(z2_ptr + n * stride_2n + d * stride_2d, mask, other=0.0).to(tl.float32)
-    return x1, x2
-
-
-@triton.jit
-def _prepare_kernel(
-    z1_ptr, z2_ptr,  # (N, D)
-    zhat_ptr, norm_ptr, pos_ptr,  # (MP, DP) operands of the products; (2, N) |x|; (N,) s_ip
-    stride_1n, stride_1d, stride_2n, stride_2d, N, PAIRS, D, DP,
-    NORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    live = n < N
-    square1 = tl.zeros((BLOCK_N, 1), tl.float32)
-    square2 = tl.zeros((BLOCK_N, 1), tl.float32)
-    if NORMALIZE:
-        for start in range(0, D, BLOCK_D):
-            d = (start + tl.arange(0, BLOCK_D).to(tl.int64))[None, :]
-            x1, x2 = _load_pair(z1_ptr, z2_ptr, stride_1n, stride_1d, stride_2n, stride_2d, n, d, live & (d < D))
-            square1 += tl.sum(x1 * x1, 1, keep_dims=True)
-            square2 += tl.sum(x2 * x2, 1, keep_dims=True)
-    norm1 = tl.sqrt(square1) if NORMALIZE else square1 + 1
-    norm2 = tl.sqrt(square2) if NORMALIZE else square2 + 1
-    # F.normalize clamps the norm, and a NaN norm must stay one.
-    inverse1 = 1 / tl.where(norm1 < EPS, EPS, norm1)
-    inverse2 = 1 / tl.where(norm2 < EPS, EPS, norm2)
-    pos = tl.zeros((BLOCK_N, 1), tl.float32)
-    # Programs past the last pair zero the padded rows, which follow the 2N real ones.
-    row1 = tl.where(live, n, n + N)
-    for start in range(0, DP, BLOCK_D):
-        d = (start + tl.arange(0, BLOCK_D).to(tl.int64))[None, :]
-        x1, x2 = _load_pair(z1_ptr, z2_ptr, stride_1n, stride_1d, stride_2n, stride_2d, n, d, live & (d < D))
-        z1 = x1 * inverse1
-        z2 = x2 * inverse2
-        pos += tl.sum(z1 * z2, 1, keep_dims=True)
-        out = (n < PAIRS) & (d < DP)
-        tl.store(zhat_ptr + row1 * DP + d, rounded(z1, zhat_ptr.dtype.element_ty), out)
-        tl.store(zhat_ptr + (n + N) * DP + d, rounded(z2, zhat_ptr.dtype.element_ty), out)
-    tl.store(norm_ptr + n, norm1, live)
-    tl.store(norm_ptr + N + n, norm2, live)
-    tl.store(pos_ptr + n, pos, live)
 
 
 @triton.jit
@@ -144,17 +105,10 @@ def _skip(offset, N, other, padded, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
 
 @triton.jit
 def _special(part, done, last, i0, N, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
-    """What _skip left out, from tile `done` on, in four ascending parts: positives i - N, self, i + N, padded columns."""
+    """What _skip left out, from tile `done` on, in four ascending parts: positives i - N, self, i + N, padding."""
     start = i0 + (part - 1) * N
     low = tl.minimum(tl.maximum(start, 0), 2 * N) // BLOCK_J
     return tl.maximum(done, low), tl.minimum(last, tl.cdiv(start + BLOCK_I, BLOCK_J))
-
-
-@triton.jit
-def _masked(i, j, N):
-    """Self, positive, or padding."""
-    positive = tl.where(i < N, i + N, i - N)
-    return (j == i) | (j == positive) | (tl.maximum(i, j) >= 2 * N)
 
 
 @triton.jit
@@ -195,7 +149,7 @@ def _triangle_tile(
     s = dot(z_j, z_i, None, PRECISION)  # (BLOCK_N, BLOCK_M), transposed
     if MASK:
         i = i0 + tl.arange(0, BLOCK_M)
-        e = tl.where(_masked(j[:, None], i[None, :], N), 0.0, tl.exp2(s * scale))
+        e = tl.where(masked(j[:, None], i[None, :], N), 0.0, tl.exp2(s * scale))
     else:
         skip = _skip(tile * BLOCK_N, N, MP - N, j >= 2 * N, BLOCK_M, BLOCK_N)
         e = tl.exp2(s * scale + skip[:, None])
@@ -264,7 +218,7 @@ def _online_tile(
     if MASK:
         i = i0 + tl.arange(0, BLOCK_M)
         j = j0 + tl.arange(0, BLOCK_N)
-        x = tl.where(_masked(i[:, None], j[None, :], N), float("-inf"), s * scale)
+        x = tl.where(masked(i[:, None], j[None, :], N), float("-inf"), s * scale)
     else:
         x = s * scale + _skip(j0 - i0, N, -N, j0 + BLOCK_N > 2 * N, BLOCK_M, BLOCK_N)
     above = tl.maximum(top, tl.max(x, 1))
@@ -316,7 +270,7 @@ def _fwd_kernel(
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Program (group, split) owns R row blocks and, of the column blocks that each of them meets, the split-th share."""
+    """Program (group, split) owns R row blocks and, of the column blocks that each one meets, the split-th share."""
     group = tl.program_id(0) // S
     split = tl.program_id(0) % S
     t = load_temperature(temperature_ptr)
@@ -328,20 +282,6 @@ def _fwd_kernel(
         )
     else:
         _fwd_online(zhat_ptr, row_ptr, scale, group, split, N, MP, R, S, PRECISION, BLOCK_M, BLOCK_N, DP)
-
-
-@triton.jit
-def _store_losses(loss_ptr, lse_ptr, q_ptr, r_ptr, i, live, top, sum_e, sum_es, pos, t):
-    """From the negatives of row i: their maximum in units of log 2, and the sums of e and e s relative to it."""
-    gap = LN2 * top + tl.log(sum_e) - pos / t  # log(Zneg / e_ip), -inf without negatives
-    small = tl.exp(-tl.abs(gap))
-    loss = tl.where(gap > 0, gap, 0.0) + log1p(small)
-    loss = tl.where(gap == gap, loss, gap)
-    q = tl.where(gap > 0, 1.0, small) / (1 + small)
-    tl.store(loss_ptr + i, loss, live)
-    tl.store(lse_ptr + i, loss + pos / t, live)
-    tl.store(q_ptr + i, q, live)
-    tl.store(r_ptr + i, tl.where(sum_e == 0, q, q * (sum_es / sum_e - pos)), live)
 
 
 @triton.jit(do_not_specialize=["N", "MP", "R", "S", "L", "WIDTH", "SLOTS"])
@@ -386,58 +326,7 @@ def _fwd_merge_kernel(
             sum_es += tl.sum(tl.load(at, held[:, None], other=0.0), 0)
     live = i < 2 * N
     pos = tl.load(pos_ptr + i % N, live)
-    _store_losses(loss_ptr, lse_ptr, q_ptr, r_ptr, i, live, top, sum_e, sum_es, pos, t)
-
-
-@triton.jit(do_not_specialize=["N", "row0", "MP"])
-def _fwd_rows_kernel(
-    s_ptr, pos_ptr, temperature_ptr,  # (rows, MP) fp32 rows of S from row0 on; (N,), ()
-    loss_ptr, lse_ptr, q_ptr, r_ptr,  # (2N,)
-    N, row0, MP,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    i = row0 + tl.program_id(0)
-    s_ptr += tl.program_id(0).to(tl.int64) * MP
-    t = load_temperature(temperature_ptr)
-    scale = 1 / (t * LN2)
-    top = float("-inf")
-    sum_e = 0.0
-    sum_es = 0.0
-    for start in range(0, 2 * N, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        s = tl.load(s_ptr + j, j < 2 * N, other=0.0)
-        x = tl.where(_masked(i, j, N), float("-inf"), s * scale)
-        above = tl.maximum(top, tl.max(x, 0))
-        shift = tl.where(above == float("-inf"), 0.0, above)
-        e = tl.exp2(x - shift)
-        decay = tl.exp2(top - shift)
-        sum_e = sum_e * decay + tl.sum(e, 0)
-        sum_es = sum_es * decay + tl.sum(e * s, 0)
-        top = above
-    top = tl.where(top == float("-inf"), 0.0, top)
-    _store_losses(loss_ptr, lse_ptr, q_ptr, r_ptr, i, i < 2 * N, top, sum_e, sum_es, tl.load(pos_ptr + i % N), t)
-
-
-@triton.jit(do_not_specialize=["N", "MP", "stride_g", "stride_h"])
-def _weights_kernel(
-    grad_loss_ptr, grad_lse_ptr, lse_ptr, scale_ptr, temperature_ptr,  # (2N,) three times, () twice
-    weight_ptr, lse2_ptr,  # (MP,)
-    stride_g, stride_h, N, MP,
-    FOLD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """a_i = g_i + h_i, scaled; where the loop needs no maximum, a_i / Z_i. lse in units of log 2."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = i < 2 * N
-    weight = tl.load(grad_loss_ptr + i.to(tl.int64) * stride_g, live, other=0.0)
-    weight += tl.load(grad_lse_ptr + i.to(tl.int64) * stride_h, live, other=0.0)
-    if scale_ptr is not None:
-        weight *= tl.load(scale_ptr)
-    lse2 = tl.load(lse_ptr + i, live, other=0.0) / LN2
-    if FOLD:
-        if load_temperature(temperature_ptr) >= SAFE_TEMPERATURE:
-            weight *= tl.exp2(-lse2)
-    tl.store(weight_ptr + i, weight, i < MP)
-    tl.store(lse2_ptr + i, lse2, i < MP)
+    store_losses(loss_ptr, lse_ptr, q_ptr, r_ptr, i, live, top, sum_e, sum_es, pos, t)
 
 
 @triton.jit
@@ -452,7 +341,7 @@ def _bwd_tile(
     x = dot(z_i, z_j.T, None, PRECISION) * scale  # (BLOCK_M, BLOCK_N)
     if MASK:
         i = i0 + tl.arange(0, BLOCK_M)
-        x = tl.where(_masked(i[:, None], j[None, :], N), float("-inf"), x)
+        x = tl.where(masked(i[:, None], j[None, :], N), float("-inf"), x)
     else:
         x += _skip(j0 - i0, N, -N, j0 + BLOCK_N > 2 * N, BLOCK_M, BLOCK_N)
     if FOLDED:
@@ -519,115 +408,19 @@ def _bwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "row0", "MP"])
-def _bwd_rows_kernel(
-    s_ptr, weight_ptr, lse2_ptr, temperature_ptr,  # (rows, MP) fp32 rows of S from row0 on; (MP,), (MP,), ()
-    w_ptr,  # (rows, MP), may be s_ptr
-    N, row0, MP,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    i = row0 + tl.program_id(0)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = tl.program_id(0).to(tl.int64) * MP + j
-    scale = 1 / (load_temperature(temperature_ptr) * LN2)
-    x = tl.load(s_ptr + at, j < MP) * scale
-    weight_j = tl.load(weight_ptr + j, j < MP)
-    lse2_j = tl.load(lse2_ptr + j, j < MP)
-    w = tl.exp2(x - tl.load(lse2_ptr + i)) * tl.load(weight_ptr + i) + tl.exp2(x - lse2_j) * weight_j
-    w = tl.where(_masked(i, j, N), 0.0, w)
-    tl.store(w_ptr + at, rounded(w, w_ptr.dtype.element_ty), j < MP)
-
-
-@triton.jit
-def _dzhat(acc_ptr, n, d, MP, DP, splits, c, unscale, z, mask):
-    """(1 / t) (sum of the product over its splits + c z_p), for the rows n of acc; z is the positive's row."""
-    total = tl.zeros(z.shape, tl.float32)
-    for split in range(splits):
-        total += tl.load(acc_ptr + (MP.to(tl.int64) * split + n) * DP + d, mask, other=0.0)
-    return total * unscale + c * z
-
-
-@triton.jit(do_not_specialize=["N", "MP", "splits", "stride_g", "stride_h"])
-def _bwd_finish_kernel(
-    acc_ptr, z1_ptr, z2_ptr, norm_ptr,  # (splits, MP, DP), (N, D), (N, D), (2, N)
-    grad_loss_ptr, grad_lse_ptr, q_ptr, scale_ptr, temperature_ptr,  # (2N,) three times, () twice
-    dz1_ptr, dz2_ptr,  # (N, D)
-    stride_1n, stride_1d, stride_2n, stride_2d, stride_g, stride_h, N, MP, D, DP, splits,
-    NORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Adds the positives, projects on the tangent of the unit sphere, and divides by |x|."""
-    n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    live = n < N
-    t = load_temperature(temperature_ptr)
-    unscale = 1.0
-    if scale_ptr is not None:
-        unscale = 1 / tl.load(scale_ptr)
-    # c is the same for both rows of a pair.
-    q1 = tl.load(q_ptr + n, live, other=0.0)
-    q2 = tl.load(q_ptr + n + N, live, other=0.0)
-    c = tl.load(grad_lse_ptr + n * stride_h, live, other=0.0) * (1 - q1)
-    c += tl.load(grad_lse_ptr + (n + N) * stride_h, live, other=0.0) * (1 - q2)
-    c -= tl.load(grad_loss_ptr + n * stride_g, live, other=0.0) * q1
-    c -= tl.load(grad_loss_ptr + (n + N) * stride_g, live, other=0.0) * q2
-    norm1 = tl.load(norm_ptr + n, live, other=1.0)
-    norm2 = tl.load(norm_ptr + N + n, live, other=1.0)
-    inverse1 = 1 / tl.where(norm1 < EPS, EPS, norm1)
-    inverse2 = 1 / tl.where(norm2 < EPS, EPS, norm2)
-    radial1 = tl.zeros((BLOCK_N, 1), tl.float32)
-    radial2 = tl.zeros((BLOCK_N, 1), tl.float32)
-    if NORMALIZE:
-        for start in range(0, D, BLOCK_D):
-            d = (start + tl.arange(0, BLOCK_D).to(tl.int64))[None, :]
-            mask = live & (d < D)
-            x1, x2 = _load_pair(z1_ptr, z2_ptr, stride_1n, stride_1d, stride_2n, stride_2d, n, d, mask)
-            z1 = x1 * inverse1
-            z2 = x2 * inverse2
-            radial1 += tl.sum(_dzhat(acc_ptr, n, d, MP, DP, splits, c, unscale, z2, mask) * z1, 1, keep_dims=True)
-            radial2 += tl.sum(_dzhat(acc_ptr, n + N, d, MP, DP, splits, c, unscale, z1, mask) * z2, 1, keep_dims=True)
-        # F.normalize divides by a constant below EPS: no projection there.
-        radial1 = tl.where(norm1 < EPS, 0.0, radial1)
-        radial2 = tl.where(norm2 < EPS, 0.0, radial2)
-    for start in range(0, D, BLOCK_D):
-        d = (start + tl.arange(0, BLOCK_D).to(tl.int64))[None, :]
-        mask = live & (d < D)
-        x1, x2 = _load_pair(z1_ptr, z2_ptr, stride_1n, stride_1d, stride_2n, stride_2d, n, d, mask)
-        z1 = x1 * inverse1
-        z2 = x2 * inverse2
-        dz1 = (_dzhat(acc_ptr, n, d, MP, DP, splits, c, unscale, z2, mask) - radial1 * z1) * (inverse1 / t)
-        dz2 = (_dzhat(acc_ptr, n + N, d, MP, DP, splits, c, unscale, z1, mask) - radial2 * z2) * (inverse2 / t)
-        tl.store(dz1_ptr + n * D + d, rounded(dz1, dz1_ptr.dtype.element_ty), mask)
-        tl.store(dz2_ptr + n * D + d, rounded(dz2, dz2_ptr.dtype.element_ty), mask)
-
-
 def _fused(z: Tensor) -> bool:
     """Whether the products run inside the kernels. Without tensor cores cuBLAS's fp32 product is the better one."""
     return z.shape[1] <= 256 and (z.dtype != torch.float32 or dot_precision(z.dtype) == "tf32")
 
 
+def _width(z: Tensor) -> int:
+    """D padded to what the kernels' tiles, or cuBLAS's fast paths, want."""
+    D = z.shape[1]
+    return max(16, triton.next_power_of_2(D)) if _fused(z) else triton.cdiv(D, 16) * 16
+
+
 def _key(z: Tensor) -> tuple[int, int, int]:
     return arch(z.device), z.element_size(), max(64, triton.next_power_of_2(z.shape[1]))
-
-
-def _row_blocks(D: int) -> dict[str, int]:
-    """Blocks of the kernels that walk over rows: about 2048 numbers a program."""
-    block_d = min(triton.next_power_of_2(D), 1024)
-    return {"BLOCK_N": max(1, 2048 // block_d), "BLOCK_D": block_d}
-
-
-def _prepare(z1: Tensor, z2: Tensor, normalize: bool, tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Operands (MP, DP) in z's dtype, norms (2, N), s_ip (N,)."""
-    N, D = z1.shape
-    DP = max(16, triton.next_power_of_2(D)) if _fused(z1) else triton.cdiv(D, 16) * 16
-    MP = triton.cdiv(2 * N, tile) * tile
-    zhat = z1.new_empty(MP, DP)
-    norm = z1.new_empty(2, N, dtype=torch.float32)
-    pos = z1.new_empty(N, dtype=torch.float32)
-    pairs = MP - N  # and as many more as there are padded rows
-    blocks = _row_blocks(DP)
-    _prepare_kernel[(triton.cdiv(pairs, blocks["BLOCK_N"]),)](
-        z1, z2, zhat, norm, pos, *z1.stride(), *z2.stride(), N, pairs, D, DP, NORMALIZE=normalize, **blocks
-    )
-    return zhat, norm, pos
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -642,9 +435,7 @@ def _chunks(MP: int) -> list[slice]:
     return [slice(start, min(start + rows, MP)) for start in range(0, MP, rows)]
 
 
-def nt_xent_fwd(
-    z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def nt_xent_fwd(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, lse, q, r (2N,) fp32 of z1, z2 (N, D) fp16, bf16 or fp32 and a temperature () fp32; see ops/nt_xent.py."""
     run = lambda config: _fwd_fused(z1, z2, temperature, normalize, config)  # noqa: E731
     with torch.cuda.device_of(z1):
@@ -655,7 +446,7 @@ def nt_xent_fwd(
 
 def _fwd_fused(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, config: Config) -> tuple[Tensor, ...]:
     N, BLOCK_M = len(z1), config.BLOCK_M
-    zhat, _, pos = _prepare(z1, z2, normalize, BLOCK_M)
+    zhat, _, pos = prepare(z1, z2, normalize, BLOCK_M, _width(z1))
     T = len(zhat) // BLOCK_M
     sms = multiprocessors(z1.device)
     # A slot of column sums covers half the columns: one group a multiprocessor bounds them, splits fill the rest.
@@ -672,7 +463,7 @@ def _fwd_fused(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, con
         BLOCK_M=BLOCK_M, BLOCK_N=config.BLOCK_N, DP=zhat.shape[1],
         **config.options,
     )  # fmt: skip
-    out = pos.new_empty(4, 2 * N).unbind()
+    out = tuple(pos.new_empty(2 * N) for _ in range(4))  # outputs of an operator may not share storage
     BLOCK = min(64, BLOCK_M)
     _fwd_merge_kernel[(triton.cdiv(2 * N, BLOCK),)](
         rows, columns, pos, temperature, *out, *sizes, groups * S,
@@ -683,12 +474,12 @@ def _fwd_fused(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, con
 
 def _fwd_chunked(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool) -> tuple[Tensor, ...]:
     N = len(z1)
-    zhat, _, pos = _prepare(z1, z2, normalize, 16)
-    out = [pos.new_empty(2 * N) for _ in range(4)]
+    zhat, _, pos = prepare(z1, z2, normalize, 16, _width(z1))
+    out = tuple(pos.new_empty(2 * N) for _ in range(4))
     for rows in _chunks(len(zhat)):
         s = _product(zhat[rows], zhat.T)
-        _fwd_rows_kernel[(len(s),)](s, pos, temperature, *out, N, rows.start, s.shape[1], BLOCK=2048)
-    return tuple(out)
+        fwd_rows_kernel[(len(s),)](s, pos, temperature, *out, N, rows.start, s.shape[1], BLOCK=2048)
+    return out
 
 
 def nt_xent_bwd(
@@ -707,14 +498,14 @@ def _bwd(
     normalize: bool, config: Config | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     N, D = z1.shape
-    zhat, norm, _ = _prepare(z1, z2, normalize, config.BLOCK_M if config else 16)
+    zhat, norm, _ = prepare(z1, z2, normalize, config.BLOCK_M if config else 16, _width(z1))
     MP, DP = zhat.shape
     scale = None
     if z1.dtype == torch.float16:
         # A weight is at most 2 max |a|: stretched to fp16's range, those of 1e-9 keep their bits.
         scale = 2**14 / (grad_loss + grad_lse).abs().amax().clamp(min=1e-30)
     weight, lse2 = lse.new_empty(2, MP).unbind()
-    _weights_kernel[(triton.cdiv(MP, 1024),)](
+    weights_kernel[(triton.cdiv(MP, 1024),)](
         grad_loss, grad_lse, lse, scale, temperature, weight, lse2, *grad_loss.stride(), *grad_lse.stride(), N, MP,
         FOLD=config is not None and normalize, BLOCK=1024,
     )  # fmt: skip
@@ -733,13 +524,13 @@ def _bwd(
         for rows in _chunks(MP):
             s = _product(zhat[rows], zhat.T)
             w = s if zhat.dtype == s.dtype else torch.empty_like(s, dtype=zhat.dtype)
-            _bwd_rows_kernel[(len(s), triton.cdiv(MP, 1024))](
+            bwd_rows_kernel[(len(s), triton.cdiv(MP, 1024))](
                 s, weight, lse2, temperature, w, N, rows.start, MP, BLOCK=1024
             )
             acc[rows] = _product(w, zhat)
     dz1, dz2 = (z1.new_empty(N, D) for _ in range(2))
-    blocks = _row_blocks(D)
-    _bwd_finish_kernel[(triton.cdiv(N, blocks["BLOCK_N"]),)](
+    blocks = row_blocks(D)
+    bwd_finish_kernel[(triton.cdiv(N, blocks["BLOCK_N"]),)](
         acc, z1, z2, norm, grad_loss, grad_lse, q, scale, temperature, dz1, dz2,
         *z1.stride(), *z2.stride(), *grad_loss.stride(), *grad_lse.stride(), N, MP, D, DP, splits,
         NORMALIZE=normalize, **blocks,

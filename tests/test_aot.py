@@ -1,0 +1,187 @@
+"""Every Triton kernel compiles ahead of time for sm_80, sm_90 and sm_100, without spills and within shared memory.
+
+The launchers themselves say what to compile: a process without the interpreter runs them on CPU tensors with the
+launch replaced by a recorder, so that the signatures and configurations tested are those that a GPU would get.
+By hand, with every row of the tables: python tests/test_aot.py 90 all
+"""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = (80, 90, 100)
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may take
+MATRIX_KERNELS = {"_fwd_kernel", "_bwd_kernel"}
+
+
+def launch_nt_xent(module, complete):
+    """Both launchers over the dtypes, the widths that select a row of the tables, and both paths."""
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    cases = [
+        (torch.bfloat16, 128, True, "ieee"),
+        (torch.float16, 256, True, "ieee"),
+        (torch.float32, 128, True, "tf32"),
+    ]
+    cases += [(torch.bfloat16, 768, True, "ieee")]  # the chunked path
+    if complete:
+        half, full = (torch.float16, torch.bfloat16), (torch.float32,)
+        cases += [(d, w, n, "ieee") for d in half for w in (64, 128, 256) for n in (True, False)]
+        cases += [(d, w, n, "tf32") for d in full for w in (64, 128, 256) for n in (True, False)]
+    N = 512
+    rows = torch.zeros(2 * N)
+    for dtype, width, normalize, precision in cases:
+        matmul.fp32_precision = precision
+        z = torch.zeros(N, width, dtype=dtype)
+        module.nt_xent_fwd(z, z, torch.tensor(0.1), normalize)
+        module.nt_xent_bwd(rows, rows, z, z, torch.tensor(0.1), rows, rows, normalize)
+
+
+LAUNCHES = {"nt_xent": launch_nt_xent}
+
+
+# ---- in the process without the interpreter
+
+
+def kernel_modules():
+    import importlib
+
+    stems = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+    return [importlib.import_module(f"ssl_fast.kernels.{stem}") for stem in stems]
+
+
+def record(arch, complete):
+    """(kernel, its arguments by name, its options) of each different launch, with the tables' rows for an arch."""
+    import importlib
+
+    from triton.runtime.jit import JITFunction
+
+    launches, names = {}, set()
+
+    def recorder(kernel, *args, grid, warmup, **options):
+        bound = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+        arguments = {name: bound.pop(name) for name in kernel.arg_names}
+        options = {name: value for name, value in bound.items() if name not in kernel.arg_names}
+        source = ast_source(kernel, arguments)
+        key = kernel.__module__, kernel.__name__, str((source.signature, source.constants, source.attrs, options))
+        launches.setdefault(key, (kernel, source, options, describe(arguments, options)))
+
+    JITFunction.run = recorder
+    for stem, launch in LAUNCHES.items():
+        module = importlib.import_module(f"ssl_fast.kernels.{stem}")
+        module.arch = lambda device: arch
+        launch(module, complete)
+    for module in kernel_modules():
+        names |= {name for name, f in vars(module).items() if isinstance(f, JITFunction) and name.endswith("_kernel")}
+    missed = names - {kernel.__name__ for kernel, *_ in launches.values()}
+    assert not missed, f"kernels that no launch in tests/test_aot.py reaches: {missed}"
+    return list(launches.values())
+
+
+def ast_source(kernel, arguments):
+    """The specialisation that a launch would compile: None and 1 are constants, multiples of 16 are known as such."""
+    import torch
+    from triton.compiler import ASTSource
+
+    pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+    signature, constants, attrs = {}, {}, {}
+    for index, param in enumerate(kernel.params):
+        value = arguments[param.name]
+        is_tensor = isinstance(value, torch.Tensor)
+        specialise = not param.do_not_specialize
+        if param.is_constexpr or value is None or (specialise and not is_tensor and value == 1):
+            signature[param.name] = "constexpr"
+            constants[param.name] = value
+            continue
+        signature[param.name] = pointers[value.dtype] if is_tensor else "i32"
+        if specialise and (value.data_ptr() if is_tensor else value) % 16 == 0:
+            attrs[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
+
+
+def describe(arguments, options):
+    import torch
+
+    dtype = next(str(v.dtype).removeprefix("torch.") for v in arguments.values() if isinstance(v, torch.Tensor))
+    shown = ("NORMALIZE", "BLOCK_M", "BLOCK_N", "DP", "D")
+    sizes = " ".join(f"{name}={int(arguments[name])}" for name in shown if name in arguments)
+    return dtype, f"{sizes} " + " ".join(f"{name}={value}" for name, value in options.items())
+
+
+def compile_launch(launch, arch):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    kernel, source, options, (dtype, configuration) = launch
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        target = f"sm_{arch}" + ("a" if arch >= 90 else "")
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return {
+        "kernel": kernel.__name__,
+        "dtype": dtype,
+        "configuration": configuration,
+        "registers": int(re.findall(r"Used (\d+) registers", log)[-1]),
+        "shared": compiled.metadata.shared,
+        "spills": sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),
+        "wgmma": ptx.count("wgmma.mma_async"),
+    }
+
+
+_recorded: list = []  # inherited by the forked workers: kernels do not pickle
+
+
+def _compile_recorded(job):
+    return compile_launch(_recorded[job[0]], job[1])
+
+
+def main(archs, complete):
+    import multiprocessing
+
+    jobs = []
+    for arch in archs:
+        for launch in record(arch, complete):
+            jobs.append((len(_recorded), arch))
+            _recorded.append(launch)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        rows = list(pool.map(_compile_recorded, jobs))
+    for (_, arch), row in zip(jobs, rows, strict=True):
+        print(json.dumps({"arch": arch, **row}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main([int(arch) for arch in sys.argv[1].split(",")], "all" in sys.argv[2:])
+
+
+# ---- the test
+
+
+def test_every_kernel_compiles():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, inspect.getfile(inspect.currentframe()), ",".join(map(str, ARCHS))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for row in rows:
+        print(*(f"{name}={value}" for name, value in row.items()))
+    assert {row["arch"] for row in rows} == set(ARCHS)
+    spilled = [row for row in rows if row["spills"]]
+    assert not spilled, spilled
+    too_big = [row for row in rows if row["shared"] > SHARED[row["arch"]]]
+    assert not too_big, too_big
+    matrix = [r for r in rows if r["arch"] == 90 and r["kernel"] in MATRIX_KERNELS and r["dtype"] != "float32"]
+    assert matrix and all(row["wgmma"] for row in matrix), matrix
