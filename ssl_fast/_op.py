@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stack
 
 BACKENDS = ("native", "triton", "reference")  # the order in which an op tries them
 HALF_AND_FLOAT = (torch.float16, torch.bfloat16, torch.float32)
@@ -145,7 +147,11 @@ class Op:
         OPS[self.name] = self
 
     def __call__(self, *args: Any, backend: str = "auto") -> Any:
-        return self._overload(*args, backend=backend)
+        # The dispatcher is for those who trace: compile, export, fake tensors, vmap. It costs 6 us a call, and more
+        # where it has to convert a long list of tensors.
+        if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or _peek_interpreter_stack() is not None:
+            return self._overload(*args, backend=backend)
+        return self._run(*args, backend=backend)
 
     def backend_for(self, tensor: torch.Tensor) -> str:
         """The backend to run on a tensor now, for a forward to hand to its backward."""

@@ -131,26 +131,36 @@ nt_xent_bwd = Op(
 
 
 class _NTXent(torch.autograd.Function):
+    """Two operators and the reduction between them: a node of its own for the mean would cost as much as a tiny loss."""
+
     @staticmethod
-    def forward(ctx: Any, z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, reduction: Reduction
+    ) -> tuple[Tensor, Tensor]:
         ctx.backend = nt_xent_fwd.backend_for(z1)
-        ctx.normalize = normalize
+        ctx.normalize, ctx.reduction = normalize, reduction
         loss, lse, q, r = nt_xent_fwd(z1, z2, temperature, normalize, backend=ctx.backend)
         ctx.save_for_backward(z1, z2, temperature, loss, lse, q, r)
-        return loss, lse
+        if reduction == "none":
+            return loss, lse
+        return (loss.mean() if reduction == "mean" else loss.sum()), lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         z1, z2, temperature, loss, lse, q, r = ctx.saved_tensors
+        if ctx.reduction != "none":
+            grad_loss = (grad_loss / len(lse) if ctx.reduction == "mean" else grad_loss).expand_as(lse)
         dz1 = dz2 = dt = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            dz1, dz2 = nt_xent_bwd(grad_loss, grad_lse, z1, z2, temperature, lse, q, ctx.normalize, backend=ctx.backend)
+            dz1, dz2 = nt_xent_bwd(
+                grad_loss, grad_lse, z1, z2, temperature, lse, q, ctx.normalize, backend=ctx.backend
+            )
         if ctx.needs_input_grad[2]:
             # d lse_i / dt = -E_P[s] / t^2, and E_P[s] = r + s_ip with s_ip = t (lse - loss)
             expected = (grad_loss + grad_lse) * r + grad_lse * temperature * (lse - loss)
             dt = -expected.sum() / temperature**2
-        return dz1, dz2, dt, None
+        return dz1, dz2, dt, None, None
 
 
 def nt_xent(
@@ -191,9 +201,7 @@ def nt_xent(
     t = _check_temperature(temperature, z1)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}, allowed: 'mean', 'sum', 'none'")
-    loss, lse = _NTXent.apply(z1, z2, t, normalize)
-    if reduction != "none":
-        loss = loss.mean() if reduction == "mean" else loss.sum()
+    loss, lse = _NTXent.apply(z1, z2, t, normalize, reduction)
     return (loss, lse) if return_lse else loss
 
 
