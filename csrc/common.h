@@ -1,0 +1,138 @@
+// What the native CPU kernels share: the instruction set in use, aligned work buffers, and rows of any dtype as fp32.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#define SSL_FAST_INLINE inline __attribute__((always_inline))
+
+// Functions between the two may use the instruction sets named, whatever the flags of the translation unit.
+#define SSL_FAST_PRAGMA(tokens) _Pragma(#tokens)
+#if defined(__clang__)
+#define SSL_FAST_TARGET_BEGIN(names) \
+  SSL_FAST_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define SSL_FAST_TARGET_END _Pragma("clang attribute pop")
+#else
+#define SSL_FAST_TARGET_BEGIN(names) _Pragma("GCC push_options") SSL_FAST_PRAGMA(GCC target(names))
+#define SSL_FAST_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+namespace ssl_fast {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
+
+// In rising order of speed, so that SSL_FAST_CPU_CAPABILITY can cap what was detected. kEmulatedAMX runs the AMX code
+// with its tile instructions in software: it is for tests, on any machine, and is chosen by name only.
+enum class Capability { kPortable, kAVX2, kAVX512, kAMX, kEmulatedAMX };
+
+#if defined(__x86_64__)
+// Linux hands out the 8 KiB of AMX tile state to a process that asks for it.
+inline bool request_amx() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+inline Capability detect_capability() {
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return Capability::kPortable;
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")))
+    return Capability::kAVX2;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kBF16 = 1u << 22, kTile = 1u << 24;
+  const bool amx = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBF16) && (edx & kTile);
+  return amx && request_amx() ? Capability::kAMX : Capability::kAVX512;
+}
+#else
+inline Capability detect_capability() { return Capability::kPortable; }
+#endif
+
+inline Capability choose_capability() {
+  const Capability detected = detect_capability();
+  const char* name = std::getenv("SSL_FAST_CPU_CAPABILITY");
+  if (name == nullptr || *name == '\0') return detected;
+  if (std::strcmp(name, "amx_emulated") == 0) return Capability::kEmulatedAMX;
+  const char* names[] = {"portable", "avx2", "avx512", "amx"};
+  for (int i = 0; i < 4; ++i)
+    if (std::strcmp(name, names[i]) == 0) return std::min(static_cast<Capability>(i), detected);
+  STD_TORCH_CHECK(false, "SSL_FAST_CPU_CAPABILITY: got '", name,
+                  "', allowed: portable, avx2, avx512, amx, amx_emulated, or unset for what this machine has");
+  return detected;
+}
+
+// The instruction set of every kernel in this process; the environment is read once.
+inline Capability cpu_capability() {
+  static const Capability capability = choose_capability();
+  return capability;
+}
+
+// Uninitialised memory for `count` elements, on cache-line boundaries; on huge pages where it is large, which halves
+// the cost of its first touch and keeps strided walks over it out of the page tables.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    constexpr size_t kCacheLine = 64, kHugePage = size_t{2} << 20;
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+    const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : kCacheLine;
+    data_ = static_cast<T*>(std::aligned_alloc(alignment, round_up(bytes + 1, alignment)));
+    if (data_ == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    if (alignment == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
+// Calls f with a value of the C++ type of a floating-point dtype.
+template <class F>
+void dispatch_float(ScalarType dtype, const char* op, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    case ScalarType::Half: return f(Half{});
+    default:
+      STD_TORCH_CHECK(false, op, " (native CPU): got dtype ", torch::headeronly::toString(dtype),
+                      ", allowed: float32, bfloat16, float16; other dtypes run backend 'reference'");
+  }
+}
+
+}  // namespace ssl_fast

@@ -1,0 +1,420 @@
+// NT-Xent on the CPU. M = 2N rows z = cat(z1, z2), L2-normalised here if asked; S = z z^T is never held.
+//
+// With e_ij = exp(s_ij / t) and the positive p of row i masked like the self term, S is symmetric, so one tile of S
+// serves both its row block and its column block (U = 2 M^2 D flop, the whole product):
+//   forward    Z_i, Z_j from one tile of the upper triangle                                   0.5 U
+//   backward   W_ij = a_i P_ij + a_j P_ji recomputed once; dz_I += W z_J, dz_J += W^T z_I     0.5 U + 1 U
+// against 3 U and eight passes over an M x M matrix for autograd of the dense expression.
+//
+// The pairs of row blocks are visited in the rounds of a round-robin tournament: in a round no block plays twice, so
+// threads write straight into the sums and gradients of their two blocks, and each block takes its contributions in the
+// same order whatever the number of threads. No partial sums, no atomics on floats, equal to the bit.
+#include "nt_xent_blocks.h"
+#include "nt_xent_engines.h"
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+namespace ssl_fast::nt_xent {
+namespace {
+
+float dot(const float* a, const float* b, int64_t count) {
+  constexpr int kSums = 16;  // independent chains, which the compiler turns into vectors
+  float sums[kSums] = {};
+  int64_t k = 0;
+  for (; k + kSums <= count; k += kSums)
+    for (int s = 0; s < kSums; ++s) sums[s] += a[k + s] * b[k + s];
+  for (; k < count; ++k) sums[k % kSums] += a[k] * b[k];
+  float sum = 0;
+  for (float s : sums) sum += s;
+  return sum;
+}
+
+constexpr float kNormEps = 1e-12f;  // F.normalize's
+
+// Rows of z = cat(z1, z2) from tensors of any strides and dtype.
+class Rows {
+ public:
+  Rows(const Tensor& z1, const Tensor& z2, bool normalize)
+      : halves_{z1, z2}, dims_(z1.size(1)), normalize_(normalize) {}
+
+  // Rows first .. first + rows of a half into out (round_up(rows, kRowMultiple), ld), the padding zeroed, and 1 / |x|.
+  void read(int64_t half, int64_t first, int64_t rows, float* out, int64_t ld, float* inverse_norm) const {
+    dispatch_float(halves_[half].scalar_type(), "nt_xent", [&](auto type) {
+      using T = decltype(type);
+      const int64_t row_stride = halves_[half].stride(0), dim_stride = halves_[half].stride(1);
+      const T* x = static_cast<const T*>(halves_[half].data_ptr()) + first * row_stride;
+      for (int64_t r = 0; r < rows; ++r, x += row_stride, out += ld) {
+        for (int64_t d = 0; d < dims_; ++d) out[d] = static_cast<float>(x[d * dim_stride]);
+        std::fill(out + dims_, out + ld, 0.0f);
+        inverse_norm[r] = normalize_ ? normalize_row(out) : 1.0f;
+      }
+      std::fill(out, out + (round_up(rows, kRowMultiple) - rows) * ld, 0.0f);
+    });
+  }
+
+ private:
+  float normalize_row(float* row) const {
+    float norm = std::sqrt(dot(row, row, dims_));
+    if (norm < kNormEps) norm = kNormEps;  // NaN stays NaN
+    for (int64_t d = 0; d < dims_; ++d) row[d] /= norm;
+    return 1.0f / norm;
+  }
+
+  Tensor halves_[2];
+  int64_t dims_;
+  bool normalize_;
+};
+
+// With unit rows, down to this temperature no exp((s - 1) / t) is lost to underflow: the shift 1 / t serves every row.
+constexpr float kFixedShiftTemperature = 0.025f;
+
+// What both directions derive from their arguments.
+struct Problem {
+  Problem(const Tensor& z1, const Tensor& z2, const Tensor& temperature, bool normalize)
+      : rows(z1, z2, normalize),
+        blocks(z1.size(0)),
+        n(z1.size(0)),
+        dims(z1.size(1)),
+        threads(torch::stable::get_num_threads()),
+        engine(choose_engine(z1.scalar_type())),
+        normalize(normalize) {
+    STD_TORCH_CHECK(z1.is_cpu() && z2.is_cpu() && temperature.is_cpu(),
+                    "nt_xent (native CPU): z1, z2 and temperature must be on the CPU");
+    STD_TORCH_CHECK(z1.dim() == 2 && z2.dim() == 2 && z2.size(0) == n && z2.size(1) == dims && n > 0 && dims > 0,
+                    "nt_xent (native CPU): z1 and z2 must have one shape (N, D), N >= 1, D >= 1");
+    STD_TORCH_CHECK(z1.scalar_type() == z2.scalar_type(), "nt_xent (native CPU): z1 and z2 must have one dtype");
+    STD_TORCH_CHECK(temperature.scalar_type() == ScalarType::Float && temperature.numel() == 1,
+                    "nt_xent (native CPU): temperature must be one float32");
+    t = *static_cast<const float*>(temperature.data_ptr());
+    scale = kLog2E / t;
+    fixed_shift = normalize && t >= kFixedShiftTemperature;
+  }
+
+  Rows rows;
+  Blocks blocks;
+  int64_t n, dims, threads;
+  Engine engine;
+  bool normalize, fixed_shift;
+  float t, scale;
+};
+
+enum class Direction { kForward, kBackward };
+
+// f(b, padded, z, z_other, inverse_norm) for each block, with its fp32 rows and those of its positives, both
+// (padded, row_stride).
+template <class F>
+void for_each_block(const Problem& p, const F& f) {
+  const int64_t ld = row_stride(p.dims), half_size = kBlock * ld;
+  torch::stable::parallel_for(0, p.blocks.per_half, 1, [&](int64_t begin, int64_t end) {
+    Buffer<float> z(2 * half_size), inverse_norm(2 * kBlock);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t rows = p.blocks.rows(b), padded = round_up(rows, kRowMultiple);
+      for (int64_t half = 0; half < 2; ++half)
+        p.rows.read(half, p.blocks.first(b), rows, z.get() + half * half_size, ld, inverse_norm.get() + half * kBlock);
+      for (int64_t half = 0; half < 2; ++half)
+        f(half * p.blocks.per_half + b, padded, z.get() + half * half_size, z.get() + (1 - half) * half_size,
+          inverse_norm.get() + half * kBlock);
+    }
+  });
+}
+
+// z of every block, packed as the engine reads it in one direction, and s_ip. An engine's formats are in its header.
+class Operands {
+ public:
+  Operands(const Problem& p, Direction direction)
+      : positive(p.n),
+        left_size_(p.engine.bf16 ? kBlock * bf16_stride(p.dims) / 2 : 0),
+        right_size_(p.engine.bf16                      ? round_up(p.dims, 32) / 2 * kStride
+                    : direction == Direction::kForward ? round_up(p.dims, 4) * kStride
+                                                       : 0),
+        product_size_(direction == Direction::kForward ? 0
+                      : p.engine.bf16                  ? kBlock / 2 * pairs_stride(p.dims)
+                                                       : kBlock * row_stride(p.dims)),
+        left_(p.blocks.count() * left_size_),
+        right_(p.blocks.count() * right_size_),
+        product_(p.blocks.count() * product_size_) {
+    for_each_block(p, [&](int64_t b, int64_t padded, const float* z, const float* z_other, const float*) {
+      p.engine.bf16 ? pack_bf16(b, z, padded, p.dims) : pack_fp32(b, z, padded, p.dims);
+      if (p.blocks.half(b) == 1) return;
+      const int64_t ld = row_stride(p.dims);
+      for (int r = 0; r < p.blocks.rows(b); ++r)
+        positive[p.blocks.first(b) + r] = dot(z + r * ld, z_other + r * ld, p.dims);
+    });
+  }
+
+  // In fp32 one packing is the left operand too: the transposed block, or in the backward the rows.
+  const void* left(int64_t b) const {
+    return left_size_ ? left_block(b) : right_size_ ? right_block(b) : product_block(b);
+  }
+  const void* right(int64_t b) const { return right_block(b); }
+  const void* product(int64_t b) const { return product_block(b); }
+
+  Buffer<float> positive;  // (N,)
+
+ private:
+  float* left_block(int64_t b) const { return left_.get() + b * left_size_; }
+  float* right_block(int64_t b) const { return right_.get() + b * right_size_; }
+  float* product_block(int64_t b) const { return product_.get() + b * product_size_; }
+
+  void pack_fp32(int64_t b, const float* z, int64_t padded, int64_t dims) const {
+    const int64_t ld = row_stride(dims);
+    if (right_size_) transpose(z, ld, padded, round_up(dims, 4), right_block(b), kStride);
+    if (product_size_) std::copy(z, z + padded * ld, product_block(b));
+  }
+
+  void pack_bf16(int64_t b, const float* z, int64_t padded, int64_t dims) const {
+    const int64_t ld = row_stride(dims), ld_left = bf16_stride(dims), ld_product = pairs_stride(dims);
+    const int64_t padded_dims = round_up(dims, 32);
+    uint16_t* rows = reinterpret_cast<uint16_t*>(left_block(b));
+    for (int64_t r = 0; r < padded; ++r)
+      for (int64_t d = 0; d < padded_dims; ++d) rows[r * ld_left + d] = d < dims ? to_bf16(z[r * ld + d]) : 0;
+    transpose(left_block(b), ld_left / 2, padded, padded_dims / 2, right_block(b), kStride);
+    if (product_size_ == 0) return;
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(product_block(b));
+    for (int64_t k = 0; k < padded / 2; ++k) {
+      const uint16_t* low = rows + (k / 16 * 32 + k % 16) * ld_left;
+      const uint16_t* high = low + 16 * ld_left;
+      for (int64_t d = 0; d < padded_dims; ++d)
+        pairs[k * ld_product + d] = low[d] | static_cast<uint32_t>(high[d]) << 16;
+    }
+  }
+
+  static uint16_t to_bf16(float x) { return BFloat16(x).x; }
+
+  int64_t left_size_, right_size_, product_size_;  // floats of a block
+  Buffer<float> left_, right_, product_;
+};
+
+// The negatives of each row, as in TileSums: Zneg_i = exp(max / t) sum. Rows packed as in Blocks.
+struct NegativeSums {
+  NegativeSums(int64_t rows, float max, float scale) : scale(scale), max(rows, max), sum(rows), moment(rows) {}
+
+  void add_fixed(int64_t first, int rows, const TileSums& tile) {
+    for (int r = 0; r < rows; ++r) sum[first + r] += tile.sum[r];
+    for (int r = 0; r < rows; ++r) moment[first + r] += tile.moment[r];
+  }
+
+  // Moving the reference from m to m' multiplies the sum by c = exp((m - m') / t) and makes the moment
+  // c (moment + sum log2 c).
+  void add_online(int64_t first, int rows, const TileSums& tile) {
+    for (int r = 0; r < rows; ++r) {
+      if (tile.sum[r] == 0) continue;
+      float &m = max[first + r], &z = sum[first + r], &y = moment[first + r];
+      const float reference = std::max(m, tile.max[r]);
+      const float down = (m - reference) * scale, tile_down = (tile.max[r] - reference) * scale;
+      const float keep = std::exp2(down), tile_keep = std::exp2(tile_down);
+      y = (z > 0 ? keep * (y + down * z) : 0.0f) + tile_keep * (tile.moment[r] + tile_down * tile.sum[r]);
+      z = keep * z + tile_keep * tile.sum[r];
+      m = reference;
+    }
+  }
+
+  float scale;
+  std::vector<float> max, sum, moment;
+};
+
+NegativeSums negative_sums(const Problem& p, const Operands& z) {
+  struct Scratch {
+    TileSums i, j;
+    float work[kBlock * kStride];
+  };
+  Buffer<Scratch> scratch(p.threads);
+  const Blocks& blocks = p.blocks;
+  NegativeSums sums(2 * blocks.padded, p.fixed_shift ? 1.0f : -std::numeric_limits<float>::max(), p.scale);
+  const auto add = p.fixed_shift ? &NegativeSums::add_fixed : &NegativeSums::add_online;
+  for_each_pair(blocks.count(), p.threads, [&](const Pair& pair, int64_t thread) {
+    const auto [i, j, round] = pair;
+    Scratch& s = scratch[thread];
+    p.engine.kernels.forward({.left_i = z.left(i),
+                              .right_j = z.right(j),
+                              .depth = p.dims,
+                              .rows = blocks.rows(i),
+                              .cols = blocks.rows(j),
+                              .diagonal = blocks.diagonal(pair),
+                              .scale = p.scale,
+                              .work = s.work,
+                              .i = &s.i,
+                              .j = &s.j},
+                             p.fixed_shift);
+    (sums.*add)(blocks.packed(i), blocks.rows(i), s.i);
+    if (i != j) (sums.*add)(blocks.packed(j), blocks.rows(j), s.j);
+  });
+  return sums;
+}
+
+// loss, lse, q and r of a row. With d = log Zneg - s_ip / t: loss = log(1 + Zneg / e_ip) = softplus(d), q = sigmoid(d).
+struct RowResult {
+  float loss, lse, q, r;
+};
+RowResult finish_row(double max, double sum, double moment, double positive, double t) {
+  const double d = (max - positive) / t + std::log(sum);
+  const double loss = d > 0 ? d + std::log1p(std::exp(-d)) : std::log1p(std::exp(d));
+  const double q = 1 / (1 + std::exp(-d));
+  const double mean_gap = sum > 0 ? max - positive + moment / sum * M_LN2 * t : 0;  // E[s] of the negatives, less s_ip
+  return {float(loss), float(loss + positive / t), float(q), float(q * mean_gap)};
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+}
+
+float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> nt_xent_fwd(Tensor z1, Tensor z2, Tensor temperature, bool normalize) {
+  const Problem p(z1, z2, temperature, normalize);
+  const auto output = [&] { return empty({2 * p.n}, ScalarType::Float); };
+  std::tuple<Tensor, Tensor, Tensor, Tensor> outputs{output(), output(), output(), output()};
+  float* const loss = float_data(std::get<0>(outputs));
+  float* const lse = float_data(std::get<1>(outputs));
+  float* const q = float_data(std::get<2>(outputs));
+  float* const r = float_data(std::get<3>(outputs));
+  if (!(p.t > 0)) {
+    for (float* out : {loss, lse, q, r}) std::fill(out, out + 2 * p.n, std::numeric_limits<float>::quiet_NaN());
+    return outputs;
+  }
+  const Operands z(p, Direction::kForward);
+  const NegativeSums sums = negative_sums(p, z);
+  constexpr int64_t kGrain = 512;
+  torch::stable::parallel_for(0, 2 * p.n, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k = p.blocks.packed_row(i);
+      const RowResult result = finish_row(sums.max[k], sums.sum[k], sums.moment[k], z.positive[i % p.n], p.t);
+      loss[i] = result.loss;
+      lse[i] = result.lse;
+      q[i] = result.q;
+      r[i] = result.r;
+    }
+  });
+  return outputs;
+}
+
+// (M,) fp32, possibly expanded.
+struct RowValues {
+  const float* data;
+  int64_t stride;
+  RowValues(const Tensor& values) : data(float_data(values)), stride(values.stride(0)) {}
+  float operator[](int64_t i) const { return data[i * stride]; }
+};
+
+// What each row brings to W (see BackwardTile), and c_i / t.
+struct RowWeights {
+  explicit RowWeights(int64_t rows) : shift(rows), weight(rows), positive(rows) {}
+  std::vector<float> shift, weight, positive;
+};
+
+// The fixed shift needs none here: |s / t| <= 40, so exp(s / t) and exp(-lse) are far from the ends of fp32, and lse is
+// small enough for its rounding not to matter. Elsewhere logits may be so large that exp(s / t - lse) has no correct
+// digit, so the normaliser is summed afresh, relative to the row's largest logit as softmax does it: 0.5 U more.
+RowWeights row_weights(const Problem& p, const RowValues& g, const RowValues& h, const RowValues& lse,
+                       const RowValues& q) {
+  RowWeights w(2 * p.blocks.padded);
+  for (int64_t i = 0; i < 2 * p.n; ++i) {
+    const int64_t k = p.blocks.packed_row(i), other = i < p.n ? i + p.n : i - p.n;
+    w.weight[k] = (g[i] + h[i]) / p.t;
+    w.positive[k] = (h[i] * (1 - q[i]) + h[other] * (1 - q[other]) - (g[i] * q[i] + g[other] * q[other])) / p.t;
+    if (p.fixed_shift) w.weight[k] *= std::exp(-lse[i]);
+  }
+  if (p.fixed_shift) return w;
+
+  const Operands z(p, Direction::kForward);
+  const NegativeSums negatives = negative_sums(p, z);
+  for (int64_t i = 0; i < 2 * p.n; ++i) {
+    const int64_t k = p.blocks.packed_row(i);
+    const float max = negatives.max[k], positive = z.positive[i % p.n];
+    w.shift[k] = std::max(max, positive);
+    w.weight[k] /= negatives.sum[k] * std::exp((max - w.shift[k]) / p.t) + std::exp((positive - w.shift[k]) / p.t);
+  }
+  return w;
+}
+
+// Sums over j of W_ij z_j, (rows of a half, ld) for each half.
+struct Products {
+  float* half[2];
+  int64_t ld;
+};
+
+void accumulate(const Problem& p, const RowWeights& weights, const Products& products) {
+  const Blocks& blocks = p.blocks;
+  const Operands z(p, Direction::kBackward);
+  const int64_t work_size = round_up(p.engine.kernels.backward_work(p.dims), 16);
+  Buffer<float> work(p.threads * work_size);
+  const auto rows_of = [&](int64_t b) { return products.half[blocks.half(b)] + blocks.first(b) * products.ld; };
+  for_each_pair(blocks.count(), p.threads, [&](const Pair& pair, int64_t thread) {
+    const auto [i, j, round] = pair;
+    const int64_t ki = blocks.packed(i), kj = blocks.packed(j);
+    p.engine.kernels.backward({.left_i = z.left(i),
+                               .right_j = z.right(j),
+                               .product_i = z.product(i),
+                               .product_j = z.product(j),
+                               .depth = p.dims,
+                               .rows = blocks.rows(i),
+                               .cols = blocks.rows(j),
+                               .diagonal = blocks.diagonal(pair),
+                               .scale = p.scale,
+                               .work = work.get() + thread * work_size,
+                               .weight_i = &weights.weight[ki],
+                               .weight_j = &weights.weight[kj],
+                               .shift_i = &weights.shift[ki],
+                               .shift_j = &weights.shift[kj],
+                               .same_block = i == j,
+                               .dz_i = rows_of(i),
+                               .dz_j = rows_of(j),
+                               .ld_dz = products.ld},
+                              p.fixed_shift);
+  });
+}
+
+// dz of a row from dzhat = products + c_i / t z_p, through the normalisation: (dzhat - (dzhat . z) z) / |x|, or
+// dzhat / eps where F.normalize divides by eps. In place.
+void finish_gradient(float* dz, const float* z, const float* z_positive, float positive_weight, float inverse_norm,
+                     bool normalize, int64_t dims) {
+  for (int64_t d = 0; d < dims; ++d) dz[d] += positive_weight * z_positive[d];
+  if (!normalize) return;
+  const float along = inverse_norm < 1.0f / kNormEps ? dot(dz, z, dims) : 0.0f;
+  for (int64_t d = 0; d < dims; ++d) dz[d] = (dz[d] - along * z[d]) * inverse_norm;
+}
+
+std::tuple<Tensor, Tensor> nt_xent_bwd(Tensor grad_loss, Tensor grad_lse, Tensor z1, Tensor z2, Tensor temperature,
+                                       Tensor lse, Tensor q, bool normalize) {
+  const Problem p(z1, z2, temperature, normalize);
+  const ScalarType dtype = z1.scalar_type();
+  Tensor dz[2] = {empty({p.n, p.dims}, dtype), empty({p.n, p.dims}, dtype)};
+
+  // fp32 gradients accumulate where they are returned. 16-bit ones need fp32 room, and the bf16 engine whole blocks.
+  const bool in_place = dtype == ScalarType::Float;
+  const int64_t ld = p.engine.bf16 ? round_up(p.dims, 32) : p.dims;
+  const int64_t half_size = in_place ? 0 : (p.engine.bf16 ? p.blocks.per_half * kBlock : p.n) * ld;
+  Buffer<float> room(2 * half_size);
+  Products products{{room.get(), room.get() + half_size}, ld};
+  if (in_place) products = {{float_data(dz[0]), float_data(dz[1])}, ld};
+
+  const RowWeights weights = row_weights(p, grad_loss, grad_lse, lse, q);
+  accumulate(p, weights, products);
+
+  dispatch_float(dtype, "nt_xent_bwd", [&](auto type) {
+    using T = decltype(type);
+    for_each_block(p, [&](int64_t b, int64_t, const float* z, const float* z_other, const float* inverse_norm) {
+      const int64_t half = p.blocks.half(b);
+      for (int r = 0; r < p.blocks.rows(b); ++r) {
+        const int64_t i = p.blocks.first(b) + r;
+        float* row = products.half[half] + i * ld;
+        finish_gradient(row, z + r * row_stride(p.dims), z_other + r * row_stride(p.dims),
+                        weights.positive[p.blocks.packed(b) + r], inverse_norm[r], normalize, p.dims);
+        if (in_place) continue;
+        T* out = static_cast<T*>(dz[half].data_ptr()) + i * p.dims;
+        for (int64_t d = 0; d < p.dims; ++d) out[d] = static_cast<T>(row[d]);
+      }
+    });
+  });
+  return {dz[0], dz[1]};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ssl_fast_native, CPU, m) {
+  m.impl("nt_xent_fwd", TORCH_BOX(&nt_xent_fwd));
+  m.impl("nt_xent_bwd", TORCH_BOX(&nt_xent_bwd));
+}
+
+}  // namespace
+}  // namespace ssl_fast::nt_xent

@@ -1,0 +1,112 @@
+// The NT-Xent kernels, compiled once for each instruction set, and the choice between them.
+#pragma once
+
+#include "amx_tiles.h"
+#include "nt_xent_tiles.h"
+#include "transpose.h"
+
+#include <algorithm>
+#include <cstring>
+
+// Vectors wider than the machine's own change how functions pass them; all of ours that do are inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#define SSL_FAST_LAMBDA __attribute__((always_inline))
+// On loops over the accumulators of a register tile: unless those loops vanish early, the tile lives in memory.
+#define SSL_FAST_UNROLL _Pragma("GCC unroll 16")
+
+namespace ssl_fast::nt_xent {
+namespace {
+
+#define SSL_FAST_EXP_DEGREE 5
+#define SSL_FAST_LANES 4
+#if defined(__aarch64__)
+#define SSL_FAST_ROWS 12
+#else
+#define SSL_FAST_ROWS 6
+#endif
+namespace portable {
+#include "simd.h"
+#include "nt_xent_fp32.h"
+#include "nt_xent_kernel.h"
+}  // namespace portable
+#undef SSL_FAST_LANES
+#undef SSL_FAST_ROWS
+
+#if defined(__x86_64__)
+#define SSL_FAST_LANES 8
+#define SSL_FAST_ROWS 6
+SSL_FAST_TARGET_BEGIN("avx2,fma")
+namespace avx2 {
+#include "simd.h"
+#include "nt_xent_fp32.h"
+#include "nt_xent_kernel.h"
+}  // namespace avx2
+SSL_FAST_TARGET_END
+#undef SSL_FAST_LANES
+#undef SSL_FAST_ROWS
+
+#define SSL_FAST_LANES 16
+#define SSL_FAST_ROWS 12
+SSL_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+namespace avx512 {
+#include "simd.h"
+#include "nt_xent_fp32.h"
+#include "nt_xent_kernel.h"
+}  // namespace avx512
+SSL_FAST_TARGET_END
+#undef SSL_FAST_ROWS
+#undef SSL_FAST_LANES
+#endif
+#undef SSL_FAST_EXP_DEGREE
+
+#define SSL_FAST_EXP_DEGREE 3
+#define SSL_FAST_LANES 16
+#if defined(SSL_FAST_HAS_AMX)
+#define SSL_FAST_TILES AMXTiles
+#define SSL_FAST_ROWS 8
+SSL_FAST_TARGET_BEGIN("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+namespace amx {
+#include "simd.h"
+#include "nt_xent_amx.h"
+#include "nt_xent_kernel.h"
+}  // namespace amx
+SSL_FAST_TARGET_END
+#undef SSL_FAST_ROWS
+#undef SSL_FAST_TILES
+#endif
+
+#define SSL_FAST_TILES EmulatedTiles
+#define SSL_FAST_ROWS 2
+namespace amx_emulated {
+#include "simd.h"
+#include "nt_xent_amx.h"
+#include "nt_xent_kernel.h"
+}  // namespace amx_emulated
+#undef SSL_FAST_ROWS
+#undef SSL_FAST_TILES
+#undef SSL_FAST_LANES
+#undef SSL_FAST_EXP_DEGREE
+
+// The bf16 engine where z is bf16 and the machine has one; else fp32 arithmetic on widened rows.
+struct Engine {
+  const Kernels& kernels;
+  bool bf16;
+};
+Engine choose_engine(ScalarType dtype) {
+  const bool bf16 = dtype == ScalarType::BFloat16;
+  const Capability capability = cpu_capability();
+  if (bf16 && capability == Capability::kEmulatedAMX) return {amx_emulated::kKernels, true};
+#if defined(SSL_FAST_HAS_AMX)
+  if (bf16 && capability == Capability::kAMX) return {amx::kKernels, true};
+#endif
+#if defined(__x86_64__)
+  const Capability detected = std::min(capability, detect_capability());
+  if (detected >= Capability::kAVX512) return {avx512::kKernels, false};
+  if (detected >= Capability::kAVX2) return {avx2::kKernels, false};
+#endif
+  return {portable::kKernels, false};
+}
+
+}  // namespace
+}  // namespace ssl_fast::nt_xent
