@@ -70,6 +70,9 @@ class Rows {
 // With unit rows, down to this temperature no exp((s - 1) / t) is lost to underflow: the shift 1 / t serves every row.
 constexpr float kFixedShiftTemperature = 0.025f;
 
+// Multiply-adds of S below which waking a second thread takes longer than it saves.
+constexpr int64_t kWorthThreads = int64_t{1} << 20;
+
 // What both directions derive from their arguments.
 struct Problem {
   Problem(const Tensor& z1, const Tensor& z2, const Tensor& temperature, bool normalize)
@@ -77,7 +80,7 @@ struct Problem {
         blocks(z1.size(0)),
         n(z1.size(0)),
         dims(z1.size(1)),
-        threads(torch::stable::get_num_threads()),
+        threads(4 * n * n * dims < kWorthThreads ? 1 : torch::stable::get_num_threads()),
         engine(choose_engine(z1.scalar_type())),
         normalize(normalize) {
     STD_TORCH_CHECK(z1.is_cpu() && z2.is_cpu() && temperature.is_cpu(),

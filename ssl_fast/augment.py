@@ -1,4 +1,4 @@
-"""The two augmented views of SimCLR (Chen et al. 2020, section 3 and appendix A), on batches, on the training device."""
+"""The two augmented views of SimCLR (Chen et al. 2020, section 3 and appendix A), made in batches on any device."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ def _by_name(name: str, channels: int) -> nn.Module:
             return timm.create_model(timm_name, num_classes=0, in_chans=channels)
         known += names
     raise ValueError(
-        f"model: got {name!r}, {nearest(timm_name, known)}allowed: convnet, a name of torchvision.models.list_models(), {where}"
+        f"model: got {name!r}, {nearest(timm_name, known)}allowed: convnet, "
+        f"a name of torchvision.models.list_models(), {where}"
     )
 
 
@@ -95,7 +96,9 @@ def _torchvision(model: nn.Module, name: str, channels: int) -> nn.Module:
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     convs = [path for path, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     if not linear or not convs:
-        raise ValueError(f"model: {name!r} has no linear classifier to remove; pass an nn.Module that returns (N, features)")
+        raise ValueError(
+            f"model: {name!r} has no linear classifier to remove; pass an nn.Module that returns (N, features)"
+        )
     if getattr(model, "aux_logits", False):
         raise ValueError(f"model: {name!r} has auxiliary classifiers; take 'timm/{name}', or pass an nn.Module")
     model.set_submodule(linear[-1], nn.Identity())

@@ -12,10 +12,11 @@ from typing import Any
 
 from ssl_fast import info
 from ssl_fast._extras import nearest, require
+from ssl_fast.arguments import method_arguments
 from ssl_fast.augment import Policy
 from ssl_fast.demo import demo
 from ssl_fast.evaluate import evaluate
-from ssl_fast.train import method_arguments, train
+from ssl_fast.train import train
 
 
 def show_info() -> None:

@@ -54,7 +54,7 @@ def load_data(data: str | Path, data_dir: str | Path | None = None, image_size: 
     """Load a data set.
 
     Args:
-        data: "digits" (1,797 digits of 8x8 shipped with scikit-learn; a fixed 360 of them for testing), "fashion_mnist",
+        data: "digits" (1,797 digits of 8x8 that scikit-learn ships; a fixed 360 of them for testing), "fashion_mnist",
             "cifar10", "stl10" (trains on its unlabelled images), or a folder: of images, with one subfolder per class
             or without labels, with `train` and `test` (or `val`) inside or not; or one that holds the files of
             Fashion-MNIST, CIFAR-10 or STL-10.
@@ -155,7 +155,10 @@ def _digits() -> ImageData:
 def _recognise(folder: Path) -> str | None:
     if _find_fashion([folder]):
         return "fashion_mnist"
-    marks = {"cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"), "stl10": ("stl10_binary", "stl10_binary.tar.gz")}
+    marks = {
+        "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+        "stl10": ("stl10_binary", "stl10_binary.tar.gz"),
+    }
     return next((name for name, files in marks.items() if any((folder / f).exists() for f in files)), None)
 
 
@@ -195,7 +198,8 @@ def _torchvision(kind: str, root: Path, **split: Any) -> Any:
             "STL10": "stl10_binary.tar.gz, or the folder stl10_binary",
         }[kind]
         raise FileNotFoundError(
-            f"{kind} is not in {root} and could not be downloaded ({error}). Put {files} into a folder and pass it as data_dir"
+            f"{kind} is not in {root} and could not be downloaded ({error}). "
+            f"Put {files} into a folder and pass it as data_dir"
         ) from error
 
 
@@ -246,8 +250,14 @@ def _folder(root: Path, size: int) -> ImageData:
     elif labels is not None and len(files) >= 10:
         held = torch.arange(len(files)) % 10 == 9
         train, test = (
-            Split(ImageFiles([f for f, out in zip(files, mask) if out], stored), labels[mask]) for mask in (~held, held)
+            Split(ImageFiles([files[i] for i in mask.nonzero().flatten()], stored), labels[mask])
+            for mask in (~held, held)
         )
-        notes.append(f"kNN: every tenth image, {len(test)} in all, is kept out of the training; a folder test/ beside train/ replaces it")
-    train.images.check()
+        notes.append(
+            f"kNN: every tenth image, {len(test)} in all, is kept out of the training; "
+            "a folder test/ beside train/ takes its place"
+        )
+    for split in (train, test):
+        if split and isinstance(split.images, ImageFiles):
+            split.images.check()
     return ImageData(str(root), size, 3, train, train if test else None, test, notes)

@@ -64,7 +64,7 @@ def evaluate(
     if images.bank is None or images.test is None:
         raise ValueError(f"data: {images.name} has no labels to evaluate with; pass a labelled set as data=")
     encoder = load_encoder(saved, model).to(chosen)
-    settings = {"device": chosen, "batch_size": batch_size, "num_workers": num_workers}
+    settings: dict[str, Any] = {"device": chosen, "batch_size": batch_size, "num_workers": num_workers}
     bank, bank_labels = encode(encoder, images.bank, images.size, **settings)
     test, test_labels = encode(encoder, images.test, images.size, **settings)
     result: dict[str, Any] = {"checkpoint": str(path), "data": images.name, "step": saved["step"]}
@@ -165,10 +165,10 @@ def knn_accuracy(
     if not 1 <= k <= len(bank):
         raise ValueError(f"k: got {k}, allowed: 1 to {len(bank)}, the images in the bank")
     bank, classes, right = F.normalize(bank), int(bank_labels.max()) + 1, 0
-    for query, label in zip(F.normalize(queries).split(block), query_labels.split(block)):
+    for query, label in zip(F.normalize(queries).split(block), query_labels.split(block), strict=True):
         best = torch.empty(len(query), 0, device=query.device)
         votes_for = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
-        for part, part_labels in zip(bank.split(block), bank_labels.split(block)):
+        for part, part_labels in zip(bank.split(block), bank_labels.split(block), strict=True):
             best = torch.cat([best, query @ part.T], 1)
             votes_for = torch.cat([votes_for, part_labels.expand(len(query), -1)], 1)
             best, kept = best.topk(min(k, best.shape[1]), dim=1)

@@ -29,7 +29,9 @@ def find_images(root: Path, classes: list[str] | None = None) -> tuple[list[Path
     """
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != ".")
     if not files:
-        raise ValueError(f"data: no images in {root}; allowed: {', '.join(sorted(SUFFIXES))}, in the folder or in subfolders")
+        raise ValueError(
+            f"data: no images in {root}; allowed: {', '.join(sorted(SUFFIXES))}, in the folder or in subfolders"
+        )
     owners = [path.relative_to(root).parts[0] for path in files]
     found = sorted(set(owners))
     if any(path.parent == root for path in files) or (len(found) < 2 and not classes):
@@ -77,7 +79,11 @@ class ImageFiles(torch.utils.data.Dataset):
         with require("PIL.Image", "decoding images").open(path) as image:
             image.draft("RGB", (self.size, self.size))  # a JPEG decodes at 1/2, 1/4 or 1/8 where that is large enough
             image = self._ops.fit(self._ops.exif_transpose(image).convert("RGB"), (self.size, self.size))
-        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(self.size, self.size, 3).permute(2, 0, 1)
+        return (
+            torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+            .view(self.size, self.size, 3)
+            .permute(2, 0, 1)
+        )
 
     def report(self, indices: Tensor) -> None:
         """Warn of each file that was replaced in a batch of (asked, delivered) indices, once in the run."""

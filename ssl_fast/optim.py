@@ -79,9 +79,9 @@ class LARS(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffers.append(state["momentum_buffer"])
-            updates = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
+            updates = list(torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"]))
             if group["adapt"]:
-                torch._foreach_mul_(updates, _trust_ratios(params, updates, group["eta"]))
+                torch._foreach_mul_(updates, _trust_ratios(params, updates, group["eta"]))  # type: ignore[arg-type]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, updates, alpha=group["lr"])
             torch._foreach_sub_(params, buffers)

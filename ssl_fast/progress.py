@@ -81,10 +81,13 @@ class Progress:
     """A bar on a terminal; elsewhere one plain line a minute."""
 
     def __init__(self, total: int, step: int, every: float = 60.0) -> None:
-        self._every, self._printed, self._shown = every, time.monotonic(), {}
+        self._every, self._printed = every, time.monotonic()
+        self._shown: dict[str, Any] = {}
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = require("tqdm", "the progress bar").tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+            self._bar = require("tqdm", "the progress bar").tqdm(
+                total=total, initial=step, unit="step", dynamic_ncols=True
+            )
         self._total = total
 
     def show(self, row: dict[str, Any], line: bool = False) -> None:

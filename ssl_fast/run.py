@@ -44,8 +44,8 @@ class Run:
             self._check_resume()
         elif self.out.exists() and any(self.out.iterdir()) and not overwrite:
             raise FileExistsError(
-                f"out: {self.out} is not empty; add resume=true to continue its run, overwrite=true to start anew there, "
-                "or choose another folder"
+                f"out: {self.out} is not empty; add resume=true to continue its run, "
+                "overwrite=true to start anew there, or choose another folder"
             )
 
     def _check_resume(self) -> None:
@@ -73,7 +73,9 @@ class Run:
             self._clear()
         step = self.saved["step"] if self.saved else 0
         if self.resume and self.metrics.exists():  # drop what the broken run did after its last checkpoint
-            write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in read_rows(self.metrics) if row["step"] <= step))
+            write_atomically(
+                self.metrics, "".join(json.dumps(row) + "\n" for row in read_rows(self.metrics) if row["step"] <= step)
+            )
             if not self.saved:
                 self.metrics.unlink()
         write_atomically(self.out / "args.yaml", require("yaml", "args.yaml").safe_dump(self.config, sort_keys=False))
@@ -175,6 +177,13 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: got {name!r}, allowed: auto, cpu, cuda, cuda:N ({error})") from error
     return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def rng_state() -> dict[str, Any]:

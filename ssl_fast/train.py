@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssl_fast._extras import nearest, require
+from ssl_fast.arguments import check_arguments
 from ssl_fast.augment import Policy, TwoViews, policy_named
 from ssl_fast.backbones import SMALL_IMAGE, build_encoder
 from ssl_fast.data import ImageData, Loader, epoch_batches, load_data
 from ssl_fast.evaluate import embedding_std, encode, knn_on
 from ssl_fast.methods import METHODS
-from ssl_fast.optim import DEFAULTS, build_optimizer, warmup_cosine
+from ssl_fast.optim import build_optimizer, warmup_cosine
 from ssl_fast.plots import plot_curves, plot_pca, plot_views
 from ssl_fast.progress import Interruption, Progress, Stopwatch
-from ssl_fast.run import Run, pick_device, read_rows, rng_state, set_rng_state
+from ssl_fast.run import Run, pick_device, read_rows, rng_state, seed_everything, set_rng_state
 
 log = logging.getLogger("ssl_fast")
 
@@ -102,15 +100,16 @@ def train(
     Example:
         >>> train("out/digits", data="digits", model="convnet", epochs=50)
     """
-    run = Run(out, _arguments(locals()), resume, overwrite)
+    run = Run(out, check_arguments(locals()), resume, overwrite)
     chosen = pick_device(device)
     images = load_data(data, data_dir, image_size)
     _check_batch(batch_size, images)
     workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
 
-    torch.manual_seed(seed)
+    seed_everything(seed)
     encoder, features = build_encoder(model, images.size, images.channels, stem)
-    network = METHODS[method](encoder, features, **method_args).to(chosen, memory_format=torch.channels_last)
+    network = METHODS[method](encoder, features, **method_args).to(chosen)
+    network.to(memory_format=torch.channels_last)
     views = TwoViews(_policy(augment, images), images.size, images.channels)
     optim = build_optimizer(network, optimizer, batch_size, lr, weight_decay)
     peak = [group["lr"] for group in optim.param_groups]
@@ -129,8 +128,8 @@ def train(
     def save() -> None:
         epoch, rest = divmod(step, steps_per_epoch)
         keep = keep_every and not rest and epoch % keep_every == 0
-        facts = {"images": len(images.train), "image_size": images.size, "channels": images.channels}
-        facts |= {"args": run.config, "named": isinstance(model, str), "step": step}
+        facts = {"args": run.config, "named": isinstance(model, str), "step": step}
+        facts |= {"images": len(images.train), "image_size": images.size, "channels": images.channels}
         state = {"model": network.state_dict(), "optimizer": optim.state_dict(), "rng": rng_state()}
         run.save(facts | state, copy=f"epoch_{epoch:04d}.pt" if keep else None)
 
@@ -152,7 +151,7 @@ def train(
                 if step == 0:
                     plot_views(batch, view1, view2, run.plots / "views.png")
                 factor = warmup_cosine(step, total, warmup)
-                for group, rate in zip(optim.param_groups, peak):
+                for group, rate in zip(optim.param_groups, peak, strict=True):
                     group["lr"] = rate * factor
                 with torch.autocast(chosen.type, torch.bfloat16, enabled=precision == "bf16"):
                     loss = network(view1, view2)
@@ -181,10 +180,8 @@ def train(
         _draw(run, encoder, images, chosen, workers)
         log.info("done: %s", run.last)
     except KeyboardInterrupt:
-        log.info(
-            "interrupted at step %d of %d; continue with the same arguments and resume=True, or by "
-            "`ssl-fast train out=%s resume=true`", step, total, run.out,
-        )
+        hint = f"continue with the same arguments and resume=True, or by `ssl-fast train out={run.out} resume=true`"
+        log.info("interrupted at step %d of %d; %s", step, total, hint)
         raise
     except Exception:
         log.debug("stopped at step %d of %d", step, total, exc_info=True)
@@ -219,54 +216,11 @@ class _LastOutput:
         self.last = output.detach()
 
 
-def method_arguments(method: str) -> dict[str, inspect.Parameter]:
-    """The arguments beyond encoder and features that `train(method=...)` hands to a method."""
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, {nearest(method, list(METHODS))}allowed: {', '.join(METHODS)}")
-    parameters = inspect.signature(METHODS[method], eval_str=True).parameters
-    return {name: p for name, p in parameters.items() if name not in ("encoder", "features")}
-
-
-def _arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """Check the arguments of `train` and return them as args.yaml holds them."""
-    for module in ("yaml", "tqdm", "matplotlib", "kornia"):
-        require(module, "ssl_fast.train")
-    config = {k: v for k, v in given.items() if k not in ("out", "resume", "overwrite", "method_args")}
-    extra, known = given["method_args"], method_arguments(given["method"])
-    for name in extra:
-        if name not in known:
-            allowed = [*config, *known]
-            raise TypeError(f"train: unknown argument {name!r}, {nearest(name, allowed)}allowed: {', '.join(allowed)}")
-    config |= {name: extra.get(name, p.default) for name, p in known.items()}
-
-    at_least = {"epochs": 1, "batch_size": 2, "log_every": 1, "knn_every": 0, "save_every": 0, "keep_every": 0, "seed": 0}
-    at_least |= {"num_workers": 0} if config["num_workers"] is not None else {}
-    for key, low in at_least.items():
-        if not isinstance(config[key], int) or config[key] < low:
-            raise ValueError(f"{key}: got {config[key]!r}, allowed: a whole number >= {low}")
-    for key in ("lr", "weight_decay", "warmup_epochs"):
-        if config[key] is not None and not 0 <= config[key] < math.inf:
-            raise ValueError(f"{key}: got {config[key]!r}, allowed: a finite number >= 0")
-    for key, allowed in (("optimizer", list(DEFAULTS)), ("precision", ["fp32", "bf16"])):
-        if config[key] not in allowed:
-            raise ValueError(f"{key}: got {config[key]!r}, {nearest(str(config[key]), allowed)}allowed: {', '.join(allowed)}")
-    if config["augment"] != "auto":
-        policy_named(config["augment"])
-    return {key: _plain(value) for key, value in config.items()}
-
-
-def _plain(value: Any) -> Any:
-    """A value as YAML holds it; a module by the name of its class."""
-    if isinstance(value, Policy):
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
-    if isinstance(value, Path):
-        return str(value)
-    return value if isinstance(value, (str, int, float, bool, type(None))) else f"<{type(value).__qualname__}>"
-
-
 def _check_batch(batch_size: int, images: ImageData) -> None:
     if batch_size > len(images.train):
-        raise ValueError(f"batch_size: got {batch_size}, allowed: 2 to {len(images.train)}, the training images of {images.name}")
+        raise ValueError(
+            f"batch_size: got {batch_size}, allowed: 2 to {len(images.train)}, the training images of {images.name}"
+        )
 
 
 def _policy(augment: str | Policy, images: ImageData) -> Policy:
@@ -291,25 +245,25 @@ def _restore(saved: dict[str, Any], network: nn.Module, optim: torch.optim.Optim
 
 def _summary(run: Run, network: nn.Module, images: ImageData, device: torch.device, total: int, step: int) -> str:
     millions = sum(p.numel() for p in network.parameters()) / 1e6
-    what = f"{run.config['method']} on {len(images.train)} images of {images.name} ({images.size} pixels), {millions:.1f} M parameters"
-    return f"{what}, on {device}, steps {step} to {total}, in {run.out}"
+    what = f"{run.config['method']}, {millions:.1f} M parameters, on {len(images.train)} images of {images.name}"
+    return f"{what} at {images.size} pixels, on {device}, steps {step} to {total}, in {run.out}"
 
 
 def _finite(loss: Tensor, step: int, run: Run) -> float:
     value = loss.item()
     if not math.isfinite(value):
         kept = f"{run.last} is from before" if run.last.exists() else "no checkpoint was saved yet"
-        raise FloatingPointError(f"the loss is {value} at step {step}; {kept}. Lower lr, lengthen warmup_epochs, or use precision=fp32")
+        raise FloatingPointError(
+            f"the loss is {value} at step {step}; {kept}. Lower lr, lengthen warmup_epochs, or use precision=fp32"
+        )
     return value
 
 
 def _warn_of_collapse(std: float, dim: int) -> None:
     healthy = dim**-0.5
     if std < 0.02 * healthy:
-        log.warning(
-            "collapse: the embeddings' standard deviation is %.1e, healthy is about %.1e; they all point the same way. "
-            "Lower lr, or raise temperature or batch_size", std, healthy,
-        )
+        next_step = "they all point the same way. Lower lr, or raise temperature or batch_size"
+        log.warning("collapse: the embeddings' std is %.1e, healthy is about %.1e; %s", std, healthy, next_step)
 
 
 def _draw(run: Run, encoder: nn.Module, images: ImageData, device: torch.device, workers: int) -> None:

@@ -35,6 +35,12 @@ def _rows(z1: Tensor, z2: Tensor, normalize: bool) -> Tensor:
     return F.normalize(z) if normalize else z
 
 
+def _similarity_of_pairs(z: Tensor) -> Tensor:
+    """s_ip of every row, (M,)."""
+    z1, z2 = z.chunk(2)
+    return (z1 * z2).sum(1).repeat(2)
+
+
 def _accumulator(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
@@ -63,7 +69,7 @@ def _mask_pairs(x: Tensor, rows: slice, value: float) -> Tensor:
 
 def _fwd_reference(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool) -> tuple[Tensor, ...]:
     z, t = _rows(z1, z2, normalize), _positive(temperature)
-    s_pos = (z[: len(z1)] * z[len(z1) :]).sum(1).repeat(2)
+    s_pos = _similarity_of_pairs(z)
     lse_neg, r = torch.empty_like(s_pos), torch.empty_like(s_pos)
     for rows, s in _blocks(z):
         lse_neg[rows] = torch.logsumexp(_mask_pairs(s / t, rows, -torch.inf), 1)
@@ -131,7 +137,7 @@ nt_xent_bwd = Op(
 
 
 class _NTXent(torch.autograd.Function):
-    """Two operators and the reduction between them: a node of its own for the mean would cost as much as a tiny loss."""
+    """Two operators and the reduction between them, which as a node of its own would cost as much as a tiny loss."""
 
     @staticmethod
     def forward(
@@ -140,25 +146,29 @@ class _NTXent(torch.autograd.Function):
         ctx.backend = nt_xent_fwd.backend_for(z1)
         ctx.normalize, ctx.reduction = normalize, reduction
         loss, lse, q, r = nt_xent_fwd(z1, z2, temperature, normalize, backend=ctx.backend)
-        ctx.save_for_backward(z1, z2, temperature, loss, lse, q, r)
+        ctx.save_for_backward(z1, z2, temperature, lse, q, r)
+        ctx.set_materialize_grads(False)
         if reduction == "none":
             return loss, lse
         return (loss.mean() if reduction == "mean" else loss.sum()), lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        z1, z2, temperature, loss, lse, q, r = ctx.saved_tensors
-        if ctx.reduction != "none":
-            grad_loss = (grad_loss / len(lse) if ctx.reduction == "mean" else grad_loss).expand_as(lse)
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        z1, z2, temperature, lse, q, r = ctx.saved_tensors
+        only_loss = grad_lse is None
+        grad_loss = lse.new_zeros(()) if grad_loss is None else grad_loss
+        grad_lse = lse.new_zeros(()) if grad_lse is None else grad_lse
+        if ctx.reduction == "mean":
+            grad_loss = grad_loss / len(lse)
+        grad_loss, grad_lse = grad_loss.expand_as(lse), grad_lse.expand_as(lse)
         dz1 = dz2 = dt = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            dz1, dz2 = nt_xent_bwd(
-                grad_loss, grad_lse, z1, z2, temperature, lse, q, ctx.normalize, backend=ctx.backend
-            )
+            dz1, dz2 = nt_xent_bwd(grad_loss, grad_lse, z1, z2, temperature, lse, q, ctx.normalize, backend=ctx.backend)
         if ctx.needs_input_grad[2]:
-            # d lse_i / dt = -E_P[s] / t^2, and E_P[s] = r + s_ip with s_ip = t (lse - loss)
-            expected = (grad_loss + grad_lse) * r + grad_lse * temperature * (lse - loss)
+            expected = (grad_loss + grad_lse) * r
+            if not only_loss:  # d lse_i / dt = -E_P[s] / t^2, and E_P[s] = r + s_ip
+                expected = expected + grad_lse * _similarity_of_pairs(_rows(z1, z2, ctx.normalize))
             dt = -expected.sum() / temperature**2
         return dz1, dz2, dt, None, None
 
