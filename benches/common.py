@@ -19,8 +19,8 @@ import torch
 from ssl_fast.info import cpu_name
 
 RESULTS = Path(__file__).with_name("results.csv")
-COLUMNS = ("op", "shape", "dtype", "provider", "allocator", "ms", "ms_p20", "ms_p80", "ratio", "to", "tflops", "gb_per_s",
-           "extra_mb", "error", "device", "threads", "torch", "triton", "commit", "date")  # fmt: skip
+COLUMNS = ("op", "shape", "dtype", "provider", "allocator", "ms", "ms_p20", "ms_p80", "ratio", "to", "tflops",
+           "gb_per_s", "extra_mb", "error", "device", "threads", "torch", "triton", "commit", "date")  # fmt: skip
 # Half of what eager PyTorch takes on a CPU is page faults: glibc maps tensors over 32 MiB afresh at every call. "warm"
 # keeps them in the heap, for every provider alike.
 ALLOCATORS = {

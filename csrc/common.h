@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 
 #if defined(__linux__)
@@ -121,6 +122,19 @@ class Buffer {
  private:
   T* data_;
 };
+
+// Work space of the calling thread, at least `bytes`, until it asks again. Kept from call to call: allocating it afresh
+// costs a tiny op as much as its arithmetic.
+inline void* thread_scratch(int64_t bytes) {
+  thread_local std::unique_ptr<Buffer<char>> scratch;
+  thread_local int64_t size = 0;
+  if (bytes > size) {
+    scratch.reset();
+    scratch = std::make_unique<Buffer<char>>(bytes);
+    size = bytes;
+  }
+  return scratch->get();
+}
 
 // Calls f with a value of the C++ type of a floating-point dtype.
 template <class F>

@@ -223,13 +223,12 @@ NegativeSums negative_sums(const Problem& p, const Operands& z) {
     TileSums i, j;
     float work[kBlock * kStride];
   };
-  Buffer<Scratch> scratch(p.threads);
   const Blocks& blocks = p.blocks;
   NegativeSums sums(2 * blocks.padded, p.fixed_shift ? 1.0f : -std::numeric_limits<float>::max(), p.scale);
   const auto add = p.fixed_shift ? &NegativeSums::add_fixed : &NegativeSums::add_online;
-  for_each_pair(blocks.count(), p.threads, [&](const Pair& pair, int64_t thread) {
+  for_each_pair(blocks.count(), p.threads, [&](const Pair& pair) {
     const auto [i, j, round] = pair;
-    Scratch& s = scratch[thread];
+    Scratch& s = *static_cast<Scratch*>(thread_scratch(sizeof(Scratch)));
     p.engine.kernels.forward({.left_i = z.left(i),
                               .right_j = z.right(j),
                               .depth = p.dims,
@@ -259,15 +258,21 @@ RowResult finish_row(double max, double sum, double moment, double positive, dou
   return {float(loss), float(loss + positive / t), float(q), float(q * mean_gap)};
 }
 
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+// A contiguous CPU tensor (rows, cols), or (rows,) where cols is 0. torch::stable::empty boxes its arguments for the
+// dispatcher, which for the outputs of a tiny loss takes as long as all the rest.
+Tensor empty(int64_t rows, int64_t cols, int32_t dtype) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {std::max<int64_t>(cols, 1), 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(cols ? 2 : 1, sizes, strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> nt_xent_fwd(Tensor z1, Tensor z2, Tensor temperature, bool normalize) {
   const Problem p(z1, z2, temperature, normalize);
-  const auto output = [&] { return empty({2 * p.n}, ScalarType::Float); };
+  const auto output = [&] { return empty(2 * p.n, 0, aoti_torch_dtype_float32()); };
   std::tuple<Tensor, Tensor, Tensor, Tensor> outputs{output(), output(), output(), output()};
   float* const loss = float_data(std::get<0>(outputs));
   float* const lse = float_data(std::get<1>(outputs));
@@ -341,10 +346,9 @@ struct Products {
 void accumulate(const Problem& p, const RowWeights& weights, const Products& products) {
   const Blocks& blocks = p.blocks;
   const Operands z(p, Direction::kBackward);
-  const int64_t work_size = round_up(p.engine.kernels.backward_work(p.dims), 16);
-  Buffer<float> work(p.threads * work_size);
+  const int64_t work_bytes = p.engine.kernels.backward_work(p.dims) * sizeof(float);
   const auto rows_of = [&](int64_t b) { return products.half[blocks.half(b)] + blocks.first(b) * products.ld; };
-  for_each_pair(blocks.count(), p.threads, [&](const Pair& pair, int64_t thread) {
+  for_each_pair(blocks.count(), p.threads, [&](const Pair& pair) {
     const auto [i, j, round] = pair;
     const int64_t ki = blocks.packed(i), kj = blocks.packed(j);
     p.engine.kernels.backward({.left_i = z.left(i),
@@ -356,7 +360,7 @@ void accumulate(const Problem& p, const RowWeights& weights, const Products& pro
                                .cols = blocks.rows(j),
                                .diagonal = blocks.diagonal(pair),
                                .scale = p.scale,
-                               .work = work.get() + thread * work_size,
+                               .work = static_cast<float*>(thread_scratch(work_bytes)),
                                .weight_i = &weights.weight[ki],
                                .weight_j = &weights.weight[kj],
                                .shift_i = &weights.shift[ki],
@@ -383,7 +387,9 @@ std::tuple<Tensor, Tensor> nt_xent_bwd(Tensor grad_loss, Tensor grad_lse, Tensor
                                        Tensor lse, Tensor q, bool normalize) {
   const Problem p(z1, z2, temperature, normalize);
   const ScalarType dtype = z1.scalar_type();
-  Tensor dz[2] = {empty({p.n, p.dims}, dtype), empty({p.n, p.dims}, dtype)};
+  int32_t dtype_code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(z1.get(), &dtype_code));
+  Tensor dz[2] = {empty(p.n, p.dims, dtype_code), empty(p.n, p.dims, dtype_code)};
 
   // fp32 gradients accumulate where they are returned. 16-bit ones need fp32 room, and the bf16 engine whole blocks.
   const bool in_place = dtype == ScalarType::Float;

@@ -42,7 +42,7 @@ inline Pair tournament_pair(int64_t blocks, int64_t index) {
   return {std::min(first, second), std::max(first, second), round};
 }
 
-// visit(pair, thread) for all pairs i <= j, thread < threads. A thread takes the next pair and waits until both blocks
+// visit(pair) for all pairs i <= j, on up to `threads` threads. A thread takes the next pair and waits until both blocks
 // have finished the round before; pairs are taken in order of rounds, so some earlier pair can always go on.
 template <class Visit>
 void for_each_pair(int64_t blocks, int64_t threads, const Visit& visit) {
@@ -52,18 +52,18 @@ void for_each_pair(int64_t blocks, int64_t threads, const Visit& visit) {
   const auto await = [&](int64_t block, int64_t round) {
     while (rounds_done[block].load(std::memory_order_acquire) != round) std::this_thread::yield();
   };
-  const auto work = [&](int64_t thread) {
+  const auto work = [&] {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
       const Pair pair = tournament_pair(blocks, task);
       await(pair.i, pair.round);
       await(pair.j, pair.round);
-      visit(pair, thread);
+      visit(pair);
       rounds_done[pair.i].store(pair.round + 1, std::memory_order_release);
       rounds_done[pair.j].store(pair.round + 1, std::memory_order_release);
     }
   };
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) work(thread);
+    for (int64_t thread = begin; thread < end; ++thread) work();
   });
 }
 

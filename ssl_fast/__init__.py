@@ -2,9 +2,10 @@
 
 from ssl_fast import functional
 from ssl_fast._op import backend
+from ssl_fast.methods.simclr import SimCLR
 from ssl_fast.ops.ema import ema_update_
 from ssl_fast.ops.nt_xent import NTXentLoss
 
 __version__ = "0.1.0"
 
-__all__ = ["NTXentLoss", "backend", "ema_update_", "functional", "__version__"]
+__all__ = ["NTXentLoss", "SimCLR", "backend", "ema_update_", "functional", "__version__"]
