@@ -127,6 +127,7 @@ setup(
     # kernels/ has no __init__.py: the import name `kernels` belongs to another project and must never be ours.
     package_dir={"ssl_fast.kernels": "kernels"},
     package_data={"ssl_fast": ["py.typed"]},
+    include_package_data=False,  # it would bring the checkout's ssl_fast/kernels/__init__.py along
     ext_modules=built,
     cmdclass={"build_ext": BuildLibraries, "build_py": BuildPython},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if built else {},
