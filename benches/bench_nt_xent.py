@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--memory", nargs=4, metavar=("PROVIDER", "DTYPE", "N", "D"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(bench_shape(*arguments.worker, seconds=1.0 if arguments.quick else 12.0)))
+        print(json.dumps(bench_shape(*arguments.worker, seconds=1.0 if arguments.quick else 8.0)))
         return
     if arguments.memory:
         provider, dtype, N, D = arguments.memory
@@ -186,9 +186,10 @@ def main() -> None:
                 )
             )
             rows += measured
-            print(verdict(measured))
+            print(verdict(measured), flush=True)
+            if not arguments.quick:
+                common.save(rows)  # after each table: what an interruption leaves is kept
     if not arguments.quick:
-        common.save(rows)
         print(f"\n{len(rows)} rows written to {common.RESULTS}")
 
 

@@ -46,22 +46,22 @@ def instruction_set() -> str:
 
 
 def interleave(
-    steps: Mapping[str, Callable[[], Any]], *, seconds: float = 8.0, rounds: int = 5
+    steps: Mapping[str, Callable[[], Any]], *, seconds: float = 8.0, rounds: int = 5, slow: float = 5.0
 ) -> dict[str, list[float]]:
     """Milliseconds of each step, measured in turn round by round, so that a drift of the machine meets all alike.
 
-    One round warms up. At least `rounds` rounds are timed, and more while they fit into `seconds`.
+    One round warms up. At least `rounds` rounds are timed, and more while they fit into `seconds`. A step that takes
+    more than `slow` seconds is left at its first time.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    start = None
-    while True:
-        for name, step in steps.items():
-            times[name].append(_timed(step))
-        if start is None:
-            times = {name: [] for name in steps}
-            start = time.perf_counter()
-        elif len(next(iter(times.values()))) >= rounds and time.perf_counter() - start > seconds:
-            return times
+    first = {name: _timed(step) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [t] if t > slow * 1e3 else [] for name, t in first.items()}
+    quick = [name for name in steps if not times[name]]
+    start, done = time.perf_counter(), 0
+    while quick and (done < rounds or time.perf_counter() - start < seconds):
+        for name in quick:
+            times[name].append(_timed(steps[name]))
+        done += 1
+    return times
 
 
 def _timed(step: Callable[[], Any]) -> float:
@@ -79,7 +79,7 @@ def _timed(step: Callable[[], Any]) -> float:
 
 def timing(times: list[float]) -> Row:
     """Median, 20th and 80th percentile."""
-    cuts = quantiles(times, n=10)
+    cuts = quantiles(times, n=10) if len(times) > 1 else times * 9
     return {"ms": cuts[4], "ms_p20": cuts[1], "ms_p80": cuts[7]}
 
 
