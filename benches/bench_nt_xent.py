@@ -89,7 +89,8 @@ def losses(dtype: torch.dtype, shape: tuple[int, int]) -> dict[str, Callable[...
     if dtype == torch.float32:
         found["dense PyTorch"] = lambda z1, z2: dense(z1, z2, TEMPERATURE)
         found |= {k: v for k, v in peers().items() if k == "lightly" or shape == PEER_SHAPE}
-    else:
+    elif DEVICE == "cuda" or common.instruction_set() == "AMX-BF16" or shape[0] * shape[1] <= 1024 * 128:
+        # Elsewhere PyTorch's bf16 product is a hundred times slower than its fp32 one: minutes for the larger shapes.
         found["dense PyTorch, autocast"] = dense_bf16
     return found
 
@@ -155,6 +156,7 @@ def memory(provider: str, dtype_name: str, N: int, D: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small shape, nothing written")
+    parser.add_argument("--shape", nargs=2, type=int, metavar=("N", "D"), help="this shape alone")
     parser.add_argument("--worker", nargs=2, type=int, metavar=("N", "D"), help=argparse.SUPPRESS)
     parser.add_argument("--memory", nargs=4, metavar=("PROVIDER", "DTYPE", "N", "D"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -169,6 +171,8 @@ def main() -> None:
     print(f"NT-Xent forward+backward, t={TEMPERATURE}, on {common.device_name()}, {torch.get_num_threads()} threads")
     conditions, rows = common.conditions(), []
     shapes = QUICK if arguments.quick else [PEER_SHAPE, *(GPU_SHAPES if DEVICE == "cuda" else SHAPES)]
+    if arguments.shape:
+        shapes = [tuple(arguments.shape)]
     allocators = ("default", "warm") if DEVICE == "cpu" else ("default",)
     for N, D in shapes:
         for allocator in allocators:

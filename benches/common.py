@@ -143,13 +143,13 @@ def _commit() -> str:
 
 
 def save(rows: list[Row], path: Path = RESULTS) -> None:
-    """Replace the rows of these ops, shapes, dtypes and devices in the table; other devices' rows stay."""
+    """Replace the rows of these ops, shapes and devices in the table; the others stay."""
     fresh = [{column: _cell(row.get(column, "")) for column in COLUMNS} for row in rows]
-    replaced = {(r["op"], r["device"]) for r in fresh}
+    replaced = {(r["op"], r["shape"], r["device"]) for r in fresh}
     kept: list[dict[str, str]] = []
     if path.exists():
         with path.open(newline="") as file:
-            kept = [r for r in csv.DictReader(file) if (r["op"], r["device"]) not in replaced]
+            kept = [r for r in csv.DictReader(file) if (r["op"], r["shape"], r["device"]) not in replaced]
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

@@ -1,10 +1,9 @@
-"""Makes the README's table and its plot from benches/results.csv: `python -m benches.plot [--check]`."""
+"""Makes the README's table and its plot from benches/results.csv: `python -m benches.plot`."""
 
 from __future__ import annotations
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 
 from benches import common
@@ -80,14 +79,9 @@ def draw(rows: Rows) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail where the README is not what results.csv says")
-    arguments = parser.parse_args()
-    rows, readme = nt_xent_rows(), README.read_text()
-    wanted = with_block(readme, readme_block(rows))
-    if arguments.check:
-        sys.exit(0 if wanted == readme else "README.md differs from benches/results.csv; run `python -m benches.plot`")
-    README.write_text(wanted)
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    rows = nt_xent_rows()
+    README.write_text(with_block(README.read_text(), readme_block(rows)))
     draw(rows)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import ssl_fast
+from benches import plot
 from ssl_fast import functional
 from ssl_fast._op import OPS
 
@@ -31,6 +32,12 @@ def test_an_op_names_files_that_exist(name):
     if op.triton:
         module, launcher = op.triton.split(":")
         assert f"def {launcher}(" in (ROOT / "kernels" / f"{module.rpartition('.')[2]}.py").read_text()
+
+
+def test_the_readme_shows_what_was_measured():
+    """Its table is the one that benches/results.csv gives: no number of it is written by hand."""
+    readme = plot.README.read_text()
+    assert readme == plot.with_block(readme, plot.readme_block(plot.nt_xent_rows()))
 
 
 def test_kernels_is_not_a_package_of_its_own():
