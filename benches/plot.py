@@ -69,12 +69,13 @@ def draw(rows: Rows) -> None:
                 found = {r["shape"]: r[field] for r in here if (r["provider"], r["dtype"]) == (provider, dtype)}
                 bars = [(j + i * width, float(found[s])) for j, s in enumerate(shapes) if found.get(s)]
                 if bars:
-                    axis.bar(*zip(*bars, strict=True), width, label=f"{provider}, {dtype}")
+                    axis.bar(*zip(*bars, strict=True), width, color=f"C{i}", label=f"{provider}, {dtype}")
             axis.set(yscale="log", ylabel=label)
             axis.set_xticks([j + 0.4 for j in range(len(shapes))], shapes)
             axis.grid(axis="y", alpha=0.3)
         axes[0, column].set_title(f"NT-Xent, forward and backward, on {device}", fontsize=10)
-        axes[0, column].legend(fontsize=7)
+        axes[0, column].legend(fontsize=7, ncols=3, loc="upper left")
+        axes[0, column].margins(y=0.4)
     figure.savefig(PICTURE, dpi=110)
 
 
