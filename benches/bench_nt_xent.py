@@ -126,7 +126,7 @@ def bench_shape(N: int, D: int, seconds: float) -> list[common.Row]:
             errors[key] = gradient_error(loss, z1, z2)
     z1, z2 = embeddings(N, D, torch.float32)
     t = torch.tensor(TEMPERATURE, device=DEVICE)
-    steps["forward"] = lambda: nt_xent_fwd(z1.detach(), z2.detach(), t, True)
+    steps["forward"] = lambda: nt_xent_fwd(z1.detach(), z2.detach(), t, True, 1)
     labels["forward"] = ("float32", "ssl_fast, forward alone")
     for key, times in common.interleave(steps, seconds=seconds).items():
         dtype_name, provider = labels[key]

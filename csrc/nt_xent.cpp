@@ -13,7 +13,9 @@
 #include "nt_xent_engines.h"
 
 #include <cmath>
+#include <initializer_list>
 #include <limits>
+#include <numeric>
 #include <tuple>
 
 namespace ssl_fast::nt_xent {
@@ -258,29 +260,42 @@ RowResult finish_row(double max, double sum, double moment, double positive, dou
   return {float(loss), float(loss + positive / t), float(q), float(q * mean_gap)};
 }
 
-// A contiguous CPU tensor (rows, cols), or (rows,) where cols is 0. torch::stable::empty boxes its arguments for the
-// dispatcher, which for the outputs of a tiny loss takes as long as all the rest.
-Tensor empty(int64_t rows, int64_t cols, int32_t dtype) {
-  const int64_t sizes[] = {rows, cols}, strides[] = {std::max<int64_t>(cols, 1), 1};
+// A contiguous CPU tensor. torch::stable::empty boxes its arguments for the dispatcher, which for the outputs of a tiny
+// loss takes as long as all the rest.
+Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
+  int64_t strides[2] = {1, 1};
+  if (sizes.size() == 2) strides[0] = sizes.begin()[1];
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(cols ? 2 : 1, sizes, strides, dtype,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
 float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> nt_xent_fwd(Tensor z1, Tensor z2, Tensor temperature, bool normalize) {
+// A tiny loss's mean costs as much as a node, or as an operator, of its own as all the rest: it is taken here.
+Tensor reduce(const Tensor& loss, int64_t count, int64_t reduction) {
+  if (reduction == 0) return loss;
+  Tensor reduced = empty({}, aoti_torch_dtype_float32());
+  const float* const data = float_data(loss);
+  const double sum = std::accumulate(data, data + count, 0.0);
+  *float_data(reduced) = static_cast<float>(reduction == 1 ? sum / static_cast<double>(count) : sum);
+  return reduced;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> nt_xent_fwd(Tensor z1, Tensor z2, Tensor temperature, bool normalize,
+                                                       int64_t reduction) {
   const Problem p(z1, z2, temperature, normalize);
-  const auto output = [&] { return empty(2 * p.n, 0, aoti_torch_dtype_float32()); };
-  std::tuple<Tensor, Tensor, Tensor, Tensor> outputs{output(), output(), output(), output()};
-  float* const loss = float_data(std::get<0>(outputs));
-  float* const lse = float_data(std::get<1>(outputs));
-  float* const q = float_data(std::get<2>(outputs));
-  float* const r = float_data(std::get<3>(outputs));
+  const auto rows = [&] { return empty({2 * p.n}, aoti_torch_dtype_float32()); };
+  const Tensor outputs[] = {rows(), rows(), rows(), rows()};
+  float *const loss = float_data(outputs[0]), *const lse = float_data(outputs[1]);
+  float *const q = float_data(outputs[2]), *const r = float_data(outputs[3]);
+  const auto finished = [&] {
+    return std::tuple{reduce(outputs[0], 2 * p.n, reduction), outputs[1], outputs[2], outputs[3]};
+  };
   if (!(p.t > 0)) {
     for (float* out : {loss, lse, q, r}) std::fill(out, out + 2 * p.n, std::numeric_limits<float>::quiet_NaN());
-    return outputs;
+    return finished();
   }
   const Operands z(p, Direction::kForward);
   const NegativeSums sums = negative_sums(p, z);
@@ -295,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nt_xent_fwd(Tensor z1, Tensor z2, Ten
       r[i] = result.r;
     }
   });
-  return outputs;
+  return finished();
 }
 
 // (M,) fp32, possibly expanded.
@@ -389,7 +404,7 @@ std::tuple<Tensor, Tensor> nt_xent_bwd(Tensor grad_loss, Tensor grad_lse, Tensor
   const ScalarType dtype = z1.scalar_type();
   int32_t dtype_code;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(z1.get(), &dtype_code));
-  Tensor dz[2] = {empty(p.n, p.dims, dtype_code), empty(p.n, p.dims, dtype_code)};
+  Tensor dz[2] = {empty({p.n, p.dims}, dtype_code), empty({p.n, p.dims}, dtype_code)};
 
   // fp32 gradients accumulate where they are returned. 16-bit ones need fp32 room, and the bf16 engine whole blocks.
   const bool in_place = dtype == ScalarType::Float;

@@ -435,13 +435,20 @@ def _chunks(MP: int) -> list[slice]:
     return [slice(start, min(start + rows, MP)) for start in range(0, MP, rows)]
 
 
-def nt_xent_fwd(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, lse, q, r (2N,) fp32 of z1, z2 (N, D) fp16, bf16 or fp32 and a temperature () fp32; see ops/nt_xent.py."""
+def nt_xent_fwd(
+    z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, reduction: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss (2N,) or (), and lse, q, r (2N,), fp32; see ops/nt_xent.py.
+
+    z1, z2 (N, D) fp16, bf16 or fp32; temperature () fp32; reduction 0 none, 1 mean, 2 sum.
+    """
     run = lambda config: _fwd_fused(z1, z2, temperature, normalize, config)  # noqa: E731
     with torch.cuda.device_of(z1):
         if _fused(z1):
-            return run(pick("FWD_CONFIGS", _key(z1), FWD_CONFIGS, CANDIDATES, run))
-        return _fwd_chunked(z1, z2, temperature, normalize)
+            loss, lse, q, r = run(pick("FWD_CONFIGS", _key(z1), FWD_CONFIGS, CANDIDATES, run))
+        else:
+            loss, lse, q, r = _fwd_chunked(z1, z2, temperature, normalize)
+        return (loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()), lse, q, r
 
 
 def _fwd_fused(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, config: Config) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stack
 
 BACKENDS = ("native", "triton", "reference")  # the order in which an op tries them
@@ -134,7 +134,7 @@ class Op:
         self.triton = triton
         self.triton_dtypes = tuple(triton_dtypes)
         self.gpu = gpu
-        self._implementations: dict[tuple[str, torch.dtype, str], tuple[str, Callable[..., Any]]] = {}
+        self._implementations: dict[tuple[torch.device, torch.dtype, str], tuple[str, Callable[..., Any]]] = {}
 
         arguments, returns = schema.rsplit(" -> ", 1)
         _PUBLIC.define(f'{arguments[:-1]}, *, str backend="auto") -> {returns}')
@@ -157,7 +157,7 @@ class Op:
         """The backend to run on a tensor now, for a forward to hand to its backward."""
         if torch.compiler.is_compiling():  # resolved when the compiled graph runs; a forced one is kept as a constant
             return _forced or "auto"
-        return self._implementation(tensor.device.type, tensor.dtype, _forced or "auto")[0]
+        return self._implementation(tensor, _forced or "auto")[0]
 
     def reason(self, backend: str, device: str, dtype: torch.dtype) -> str | None:
         """None when a backend runs a dtype on a device type, else why it does not."""
@@ -180,12 +180,13 @@ class Op:
             deciding = deciding[0]
         if backend == "auto":
             backend = _forced or "auto"
-        return self._implementation(deciding.device.type, deciding.dtype, backend)[1](*args)
+        return self._implementation(deciding, backend)[1](*args)
 
-    def _implementation(self, device: str, dtype: torch.dtype, asked: str) -> tuple[str, Callable[..., Any]]:
-        key = (device, dtype, asked)
+    def _implementation(self, tensor: torch.Tensor, asked: str) -> tuple[str, Callable[..., Any]]:
+        key = (tensor.device, tensor.dtype, asked)
         found = self._implementations.get(key)
         if found is None:
+            device, dtype = tensor.device.type, tensor.dtype
             name = self._choose(device, dtype) if asked == "auto" else asked
             reason = self.reason(name, device, dtype)
             if reason:
@@ -209,12 +210,20 @@ class Op:
         return _without_autocast(getattr(importlib.import_module(module), launcher))
 
 
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """What autocast, where it is on for a tensor's device, casts to in front of a matrix product."""
+    if not _is_any_autocast_enabled():  # asking by device type costs as much as everything else that is checked
+        return None
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """An op has decided its dtypes; autocast must not round the products inside it again."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        if not torch.is_autocast_enabled("cuda") and not torch.is_autocast_enabled("cpu"):
+        if not _is_any_autocast_enabled():
             return function(*args)
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             return function(*args)

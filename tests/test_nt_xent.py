@@ -221,7 +221,7 @@ def test_two_runs_are_equal_to_the_bit(backend, dtype):
     g = torch.full((M,), 1 / M, device=DEVICE)
 
     def run():
-        loss, lse, q, r = nt_xent_fwd(z1, z2, t, True, backend=backend)
+        loss, lse, q, r = nt_xent_fwd(z1, z2, t, True, 0, backend=backend)
         return loss, lse, q, r, *nt_xent_bwd(g, torch.zeros_like(g), z1, z2, t, lse, q, True, backend=backend)
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -248,9 +248,9 @@ def test_threads_do_not_change_a_bit():
 def test_backends_share_what_is_saved(forward, backward):
     z1, z2 = pair(20, 16, torch.float32, True)
     t, g, h = torch.tensor(0.1, device=DEVICE), torch.rand(40, device=DEVICE), torch.rand(40, device=DEVICE)
-    _, lse, q, _ = nt_xent_fwd(z1, z2, t, True, backend=forward)
+    _, lse, q, _ = nt_xent_fwd(z1, z2, t, True, 0, backend=forward)
     mixed = nt_xent_bwd(g, h, z1, z2, t, lse, q, True, backend=backward)
-    _, lse, q, _ = nt_xent_fwd(z1, z2, t, True, backend="reference")
+    _, lse, q, _ = nt_xent_fwd(z1, z2, t, True, 0, backend="reference")
     plain = nt_xent_bwd(g, h, z1, z2, t, lse, q, True, backend="reference")
     assert max(error(a, b) for a, b in zip(mixed, plain, strict=True)) < 1e-5
 
@@ -271,8 +271,8 @@ def test_gradcheck(normalize):
 def test_opcheck(backend, dtype):
     z1, z2 = pair(5, 16, dtype, True)
     t = torch.tensor(0.5, device=DEVICE)
-    loss, lse, q, _ = nt_xent_fwd(z1, z2, t, True, backend=backend)
-    opcheck(torch.ops.ssl_fast.nt_xent_fwd.default, (z1, z2, t, True), {"backend": backend})
+    loss, lse, q, _ = nt_xent_fwd(z1, z2, t, True, 0, backend=backend)
+    opcheck(torch.ops.ssl_fast.nt_xent_fwd.default, (z1, z2, t, True, 1), {"backend": backend})
     opcheck(torch.ops.ssl_fast.nt_xent_bwd.default, (loss, lse, z1, z2, t, lse, q, True), {"backend": backend})
 
 

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ssl_fast._op import HALF_AND_FLOAT, Op
+from ssl_fast._op import HALF_AND_FLOAT, Op, autocast_dtype
 
 Reduction = Literal["mean", "sum", "none"]
+_DTYPES = (*HALF_AND_FLOAT, torch.float64)
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as ATen numbers them
 
 
 # ---- reference: the definition, and the fallback on any device
@@ -67,7 +69,11 @@ def _mask_pairs(x: Tensor, rows: slice, value: float) -> Tensor:
     return x
 
 
-def _fwd_reference(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool) -> tuple[Tensor, ...]:
+def _reduce(loss: Tensor, reduction: int) -> Tensor:
+    return loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
+
+
+def _fwd_reference(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, reduction: int) -> tuple[Tensor, ...]:
     z, t = _rows(z1, z2, normalize), _positive(temperature)
     s_pos = _similarity_of_pairs(z)
     lse_neg, r = torch.empty_like(s_pos), torch.empty_like(s_pos)
@@ -77,7 +83,8 @@ def _fwd_reference(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool)
         P_neg = _mask_pairs(torch.exp(s / t - lse[:, None]), rows, 0.0)
         r[rows] = (P_neg * (s - s_pos[rows, None])).sum(1)
     gap = lse_neg - s_pos / t
-    return torch.logaddexp(gap, torch.zeros_like(gap)), torch.logaddexp(lse_neg, s_pos / t), torch.sigmoid(gap), r
+    loss = _reduce(torch.logaddexp(gap, torch.zeros_like(gap)), reduction)
+    return loss, torch.logaddexp(lse_neg, s_pos / t), torch.sigmoid(gap), r
 
 
 def _bwd_reference(
@@ -107,8 +114,9 @@ def _bwd_reference(
     return dz1.clone(), dz2.clone()  # two outputs of one operator may not share storage
 
 
-def _fwd_fake(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool) -> tuple[Tensor, ...]:
-    return tuple(z1.new_empty(2 * z1.shape[0], dtype=_accumulator(z1)) for _ in range(4))
+def _fwd_fake(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, reduction: int) -> tuple[Tensor, ...]:
+    loss, *rows = (z1.new_empty(2 * z1.shape[0], dtype=_accumulator(z1)) for _ in range(4))
+    return (loss.new_empty(()) if reduction else loss), *rows
 
 
 def _bwd_fake(grad_loss: Tensor, grad_lse: Tensor, z1: Tensor, z2: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -118,7 +126,8 @@ def _bwd_fake(grad_loss: Tensor, grad_lse: Tensor, z1: Tensor, z2: Tensor, *_: A
 # ---- operators
 
 nt_xent_fwd = Op(
-    "nt_xent_fwd(Tensor z1, Tensor z2, Tensor temperature, bool normalize) -> (Tensor, Tensor, Tensor, Tensor)",
+    "nt_xent_fwd(Tensor z1, Tensor z2, Tensor temperature, bool normalize, int reduction) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _fwd_reference,
     fake=_fwd_fake,
     native={"cpu": HALF_AND_FLOAT},
@@ -137,20 +146,16 @@ nt_xent_bwd = Op(
 
 
 class _NTXent(torch.autograd.Function):
-    """Two operators and the reduction between them, which as a node of its own would cost as much as a tiny loss."""
-
     @staticmethod
     def forward(
-        ctx: Any, z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, reduction: Reduction
+        ctx: Any, z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, reduction: int
     ) -> tuple[Tensor, Tensor]:
         ctx.backend = nt_xent_fwd.backend_for(z1)
         ctx.normalize, ctx.reduction = normalize, reduction
-        loss, lse, q, r = nt_xent_fwd(z1, z2, temperature, normalize, backend=ctx.backend)
+        loss, lse, q, r = nt_xent_fwd(z1, z2, temperature, normalize, reduction, backend=ctx.backend)
         ctx.save_for_backward(z1, z2, temperature, lse, q, r)
         ctx.set_materialize_grads(False)
-        if reduction == "none":
-            return loss, lse
-        return (loss.mean() if reduction == "mean" else loss.sum()), lse
+        return loss, lse
 
     @staticmethod
     @once_differentiable
@@ -159,7 +164,7 @@ class _NTXent(torch.autograd.Function):
         only_loss = grad_lse is None
         grad_loss = lse.new_zeros(()) if grad_loss is None else grad_loss
         grad_lse = lse.new_zeros(()) if grad_lse is None else grad_lse
-        if ctx.reduction == "mean":
+        if ctx.reduction == _REDUCTIONS["mean"]:
             grad_loss = grad_loss / len(lse)
         grad_loss, grad_lse = grad_loss.expand_as(lse), grad_lse.expand_as(lse)
         dz1 = dz2 = dt = None
@@ -209,9 +214,9 @@ def nt_xent(
     """
     z1, z2 = _check_embeddings(z1, z2)
     t = _check_temperature(temperature, z1)
-    if reduction not in ("mean", "sum", "none"):
+    if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, allowed: 'mean', 'sum', 'none'")
-    loss, lse = _NTXent.apply(z1, z2, t, normalize, reduction)
+    loss, lse = _NTXent.apply(z1, z2, t, normalize, _REDUCTIONS[reduction])
     return (loss, lse) if return_lse else loss
 
 
@@ -219,24 +224,24 @@ def _check_embeddings(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
     for name, z in (("z1", z1), ("z2", z2)):
         if not isinstance(z, Tensor):
             raise TypeError(f"{name}: got {type(z).__name__}, allowed: a torch.Tensor of shape (N, D)")
-        if z.dim() != 2 or z.shape[1] == 0:
-            raise ValueError(
-                f"{name}: got shape {tuple(z.shape)}, allowed: (N, D) with D >= 1; flatten other dimensions"
-            )
-        if not z.dtype.is_floating_point or z.dtype.itemsize < 2:
+    shape = z1.shape
+    if len(shape) != 2 or shape[1] == 0:
+        raise ValueError(f"z1: got shape {tuple(shape)}, allowed: (N, D) with D >= 1; flatten other dimensions")
+    if shape[0] == 0:
+        raise ValueError("z1: got an empty batch (N=0), allowed: N >= 1; skip the step or drop the last batch")
+    if z2.shape != shape:
+        raise ValueError(
+            f"z2: got shape {tuple(z2.shape)}, allowed: the shape of z1, {tuple(shape)} (row i of each: one image)"
+        )
+    if z1.device != z2.device:
+        raise ValueError(f"z2: got device {z2.device}, allowed: the device of z1, {z1.device}")
+    for name, z in (("z1", z1), ("z2", z2)):
+        if z.dtype not in _DTYPES:
             raise TypeError(
                 f"{name}: got {z.dtype}, allowed: float16, bfloat16, float32, float64; cast it with .float()"
             )
-    if z1.shape != z2.shape:
-        raise ValueError(
-            f"z2: got shape {tuple(z2.shape)}, allowed: the shape of z1, {tuple(z1.shape)} (row i of each: one image)"
-        )
-    if z1.shape[0] == 0:
-        raise ValueError("z1: got an empty batch (N=0), allowed: N >= 1; skip the step or drop the last batch")
-    if z1.device != z2.device:
-        raise ValueError(f"z2: got device {z2.device}, allowed: the device of z1, {z1.device}")
-    if torch.is_autocast_enabled(z1.device.type):
-        low = torch.get_autocast_dtype(z1.device.type)
+    low = autocast_dtype(z1)
+    if low is not None:
         z1, z2 = (z if z.dtype == torch.float64 else z.to(low) for z in (z1, z2))
     if z1.dtype != z2.dtype:
         raise TypeError(f"z2: got {z2.dtype}, allowed: the dtype of z1, {z1.dtype}; cast one of them")
@@ -253,7 +258,7 @@ def _check_temperature(temperature: float | Tensor, z: Tensor) -> Tensor:
         return temperature.reshape(()).to(z.device, dtype)
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, allowed: a float above 0, such as 0.1 or 0.5")
-    return torch.full((), temperature, dtype=dtype, device=z.device)
+    return torch.scalar_tensor(temperature, dtype=dtype, device=z.device)
 
 
 class NTXentLoss(nn.Module):
