@@ -97,22 +97,38 @@ inline Capability cpu_capability() {
   return capability;
 }
 
-// Uninitialised memory for `count` elements, on cache-line boundaries; on huge pages where it is large, which halves
-// the cost of its first touch and keeps strided walks over it out of the page tables.
+// Uninitialised memory for `count` elements, on cache-line boundaries. A large buffer is mapped on huge pages, which
+// halves the cost of its first touch and keeps strided walks over it out of the page tables. What is mapped goes back to
+// the system when it is freed, whatever the allocator's thresholds; `map_from` bytes are where that begins.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) {
-    constexpr size_t kCacheLine = 64, kHugePage = size_t{2} << 20;
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
-    const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : kCacheLine;
-    data_ = static_cast<T*>(std::aligned_alloc(alignment, round_up(bytes + 1, alignment)));
-    if (data_ == nullptr) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    if (alignment == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);
+  static constexpr size_t kHuge = size_t{4} << 20;
+
+  explicit Buffer(int64_t count, size_t map_from = kHuge)
+      : bytes_(static_cast<size_t>(count) * sizeof(T)), mapped_(bytes_ >= map_from) {
+#if defined(__linux__)
+    if (mapped_) {
+      void* const memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (memory == MAP_FAILED) throw std::bad_alloc();
+      if (bytes_ >= kHuge) madvise(memory, bytes_, MADV_HUGEPAGE);
+      data_ = static_cast<T*>(memory);
+      return;
+    }
 #endif
+    constexpr size_t kCacheLine = 64;
+    data_ = static_cast<T*>(std::aligned_alloc(kCacheLine, round_up(bytes_ + 1, kCacheLine)));
+    if (data_ == nullptr) throw std::bad_alloc();
   }
-  ~Buffer() { std::free(data_); }
+  ~Buffer() {
+#if defined(__linux__)
+    if (mapped_) {
+      munmap(data_, bytes_);
+      return;
+    }
+#endif
+    std::free(data_);
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
@@ -120,6 +136,8 @@ class Buffer {
   T& operator[](int64_t i) const { return data_[i]; }
 
  private:
+  size_t bytes_;
+  bool mapped_;
   T* data_;
 };
 

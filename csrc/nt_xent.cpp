@@ -16,6 +16,7 @@
 #include <initializer_list>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <tuple>
 
 namespace ssl_fast::nt_xent {
@@ -48,7 +49,10 @@ class Rows {
       const int64_t row_stride = halves_[half].stride(0), dim_stride = halves_[half].stride(1);
       const T* x = static_cast<const T*>(halves_[half].data_ptr()) + first * row_stride;
       for (int64_t r = 0; r < rows; ++r, x += row_stride, out += ld) {
-        for (int64_t d = 0; d < dims_; ++d) out[d] = static_cast<float>(x[d * dim_stride]);
+        if (dim_stride == 1)
+          for (int64_t d = 0; d < dims_; ++d) out[d] = static_cast<float>(x[d]);  // which the compiler turns into vectors
+        else
+          for (int64_t d = 0; d < dims_; ++d) out[d] = static_cast<float>(x[d * dim_stride]);
         std::fill(out + dims_, out + ld, 0.0f);
         inverse_norm[r] = normalize_ ? normalize_row(out) : 1.0f;
       }
@@ -60,8 +64,9 @@ class Rows {
   float normalize_row(float* row) const {
     float norm = std::sqrt(dot(row, row, dims_));
     if (norm < kNormEps) norm = kNormEps;  // NaN stays NaN
-    for (int64_t d = 0; d < dims_; ++d) row[d] /= norm;
-    return 1.0f / norm;
+    const float inverse = 1.0f / norm;
+    for (int64_t d = 0; d < dims_; ++d) row[d] *= inverse;
+    return inverse;
   }
 
   Tensor halves_[2];
@@ -125,23 +130,23 @@ void for_each_block(const Problem& p, const F& f) {
   });
 }
 
-// z of every block, packed as the engine reads it in one direction, and s_ip. An engine's formats are in its header.
+// z of every block, packed as the engine reads it in one direction, and s_ip. An engine's formats are in its header. In
+// fp32 the backward has no use for it: it multiplies long enough with a block to read its rows afresh for each pair.
 class Operands {
  public:
   Operands(const Problem& p, Direction direction)
       : positive(p.n),
         left_size_(p.engine.bf16 ? kBlock * bf16_stride(p.dims) / 2 : 0),
-        right_size_(p.engine.bf16                      ? round_up(p.dims, 32) / 2 * kStride
-                    : direction == Direction::kForward ? round_up(p.dims, 4) * kStride
-                                                       : 0),
-        product_size_(direction == Direction::kForward ? 0
-                      : p.engine.bf16                  ? kBlock / 2 * pairs_stride(p.dims)
-                                                       : kBlock * row_stride(p.dims)),
+        right_size_(p.engine.bf16 ? round_up(p.dims, 32) / 2 * kStride : round_up(p.dims, 4) * kStride),
+        product_size_(direction == Direction::kBackward ? kBlock / 2 * pairs_stride(p.dims) : 0),
         left_(p.blocks.count() * left_size_),
         right_(p.blocks.count() * right_size_),
         product_(p.blocks.count() * product_size_) {
     for_each_block(p, [&](int64_t b, int64_t padded, const float* z, const float* z_other, const float*) {
-      p.engine.bf16 ? pack_bf16(b, z, padded, p.dims) : pack_fp32(b, z, padded, p.dims);
+      if (p.engine.bf16)
+        pack_bf16(b, z, padded, p.dims);
+      else
+        transpose(z, row_stride(p.dims), padded, round_up(p.dims, 4), right_block(b), kStride);
       if (p.blocks.half(b) == 1) return;
       const int64_t ld = row_stride(p.dims);
       for (int r = 0; r < p.blocks.rows(b); ++r)
@@ -149,10 +154,7 @@ class Operands {
     });
   }
 
-  // In fp32 one packing is the left operand too: the transposed block, or in the backward the rows.
-  const void* left(int64_t b) const {
-    return left_size_ ? left_block(b) : right_size_ ? right_block(b) : product_block(b);
-  }
+  const void* left(int64_t b) const { return left_size_ ? left_block(b) : right_block(b); }  // fp32: one for both
   const void* right(int64_t b) const { return right_block(b); }
   const void* product(int64_t b) const { return product_block(b); }
 
@@ -162,12 +164,6 @@ class Operands {
   float* left_block(int64_t b) const { return left_.get() + b * left_size_; }
   float* right_block(int64_t b) const { return right_.get() + b * right_size_; }
   float* product_block(int64_t b) const { return product_.get() + b * product_size_; }
-
-  void pack_fp32(int64_t b, const float* z, int64_t padded, int64_t dims) const {
-    const int64_t ld = row_stride(dims);
-    if (right_size_) transpose(z, ld, padded, round_up(dims, 4), right_block(b), kStride);
-    if (product_size_) std::copy(z, z + padded * ld, product_block(b));
-  }
 
   void pack_bf16(int64_t b, const float* z, int64_t padded, int64_t dims) const {
     const int64_t ld = row_stride(dims), ld_left = bf16_stride(dims), ld_product = pairs_stride(dims);
@@ -352,37 +348,61 @@ RowWeights row_weights(const Problem& p, const RowValues& g, const RowValues& h,
   return w;
 }
 
-// Sums over j of W_ij z_j, (rows of a half, ld) for each half.
+// Sums over j of W_ij z_j, (rows, ld) of each block. fp32 gradients accumulate where they are returned. 16-bit ones need
+// fp32 room, and the bf16 engine whole blocks of it; a block's room is freed once its gradient is written.
 struct Products {
-  float* half[2];
+  Products(const Problem& p, bool in_place, float* dz1, float* dz2)
+      : ld(p.engine.bf16 ? round_up(p.dims, 32) : p.dims), room(p.blocks.count()), block(p.blocks.count()) {
+    for (int64_t b = 0; b < p.blocks.count(); ++b) {
+      const int64_t rows = p.engine.bf16 ? kBlock : p.blocks.rows(b);
+      if (!in_place) room[b] = std::make_unique<Buffer<float>>(rows * ld, kMapRoomFrom);
+      block[b] = in_place ? (p.blocks.half(b) ? dz2 : dz1) + p.blocks.first(b) * ld : room[b]->get();
+    }
+  }
+
+  static constexpr size_t kMapRoomFrom = size_t{256} << 10;
   int64_t ld;
+  std::vector<std::unique_ptr<Buffer<float>>> room;
+  std::vector<float*> block;
 };
 
 void accumulate(const Problem& p, const RowWeights& weights, const Products& products) {
   const Blocks& blocks = p.blocks;
-  const Operands z(p, Direction::kBackward);
-  const int64_t work_bytes = p.engine.kernels.backward_work(p.dims) * sizeof(float);
-  const auto rows_of = [&](int64_t b) { return products.half[blocks.half(b)] + blocks.first(b) * products.ld; };
+  std::optional<Operands> packed;
+  if (p.engine.bf16) packed.emplace(p, Direction::kBackward);
+  const int64_t work_size = p.engine.kernels.backward_work(p.dims), ld = row_stride(p.dims), block_size = kBlock * ld;
+  const int64_t scratch_bytes = (work_size + (packed ? 0 : 2 * block_size)) * sizeof(float);
   for_each_pair(blocks.count(), p.threads, [&](const Pair& pair) {
     const auto [i, j, round] = pair;
     const int64_t ki = blocks.packed(i), kj = blocks.packed(j);
-    p.engine.kernels.backward({.left_i = z.left(i),
-                               .right_j = z.right(j),
-                               .product_i = z.product(i),
-                               .product_j = z.product(j),
+    float* const work = static_cast<float*>(thread_scratch(scratch_bytes));
+    float inverse_norm[kBlock];
+    const auto read = [&](int64_t b, float* z) {
+      p.rows.read(blocks.half(b), blocks.first(b), blocks.rows(b), z, ld, inverse_norm);
+      return z;
+    };
+    const void *z_i = nullptr, *z_j = nullptr;
+    if (!packed) {
+      z_i = read(i, work + work_size);
+      z_j = i == j ? z_i : read(j, work + work_size + block_size);
+    }
+    p.engine.kernels.backward({.left_i = packed ? packed->left(i) : z_i,
+                               .right_j = packed ? packed->right(j) : nullptr,
+                               .product_i = packed ? packed->product(i) : z_i,
+                               .product_j = packed ? packed->product(j) : z_j,
                                .depth = p.dims,
                                .rows = blocks.rows(i),
                                .cols = blocks.rows(j),
                                .diagonal = blocks.diagonal(pair),
                                .scale = p.scale,
-                               .work = static_cast<float*>(thread_scratch(work_bytes)),
+                               .work = work,
                                .weight_i = &weights.weight[ki],
                                .weight_j = &weights.weight[kj],
                                .shift_i = &weights.shift[ki],
                                .shift_j = &weights.shift[kj],
                                .same_block = i == j,
-                               .dz_i = rows_of(i),
-                               .dz_j = rows_of(j),
+                               .dz_i = products.block[i],
+                               .dz_j = products.block[j],
                                .ld_dz = products.ld},
                               p.fixed_shift);
   });
@@ -406,30 +426,23 @@ std::tuple<Tensor, Tensor> nt_xent_bwd(Tensor grad_loss, Tensor grad_lse, Tensor
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(z1.get(), &dtype_code));
   Tensor dz[2] = {empty({p.n, p.dims}, dtype_code), empty({p.n, p.dims}, dtype_code)};
 
-  // fp32 gradients accumulate where they are returned. 16-bit ones need fp32 room, and the bf16 engine whole blocks.
   const bool in_place = dtype == ScalarType::Float;
-  const int64_t ld = p.engine.bf16 ? round_up(p.dims, 32) : p.dims;
-  const int64_t half_size = in_place ? 0 : (p.engine.bf16 ? p.blocks.per_half * kBlock : p.n) * ld;
-  Buffer<float> room(2 * half_size);
-  Products products{{room.get(), room.get() + half_size}, ld};
-  if (in_place) products = {{float_data(dz[0]), float_data(dz[1])}, ld};
-
+  Products products(p, in_place, in_place ? float_data(dz[0]) : nullptr, in_place ? float_data(dz[1]) : nullptr);
   const RowWeights weights = row_weights(p, grad_loss, grad_lse, lse, q);
   accumulate(p, weights, products);
 
   dispatch_float(dtype, "nt_xent_bwd", [&](auto type) {
     using T = decltype(type);
     for_each_block(p, [&](int64_t b, int64_t, const float* z, const float* z_other, const float* inverse_norm) {
-      const int64_t half = p.blocks.half(b);
-      for (int r = 0; r < p.blocks.rows(b); ++r) {
-        const int64_t i = p.blocks.first(b) + r;
-        float* row = products.half[half] + i * ld;
+      T* out = static_cast<T*>(dz[p.blocks.half(b)].data_ptr()) + p.blocks.first(b) * p.dims;
+      float* row = products.block[b];
+      for (int r = 0; r < p.blocks.rows(b); ++r, row += products.ld, out += p.dims) {
         finish_gradient(row, z + r * row_stride(p.dims), z_other + r * row_stride(p.dims),
                         weights.positive[p.blocks.packed(b) + r], inverse_norm[r], normalize, p.dims);
         if (in_place) continue;
-        T* out = static_cast<T*>(dz[half].data_ptr()) + i * p.dims;
         for (int64_t d = 0; d < p.dims; ++d) out[d] = static_cast<T>(row[d]);
       }
+      products.room[b].reset();
     });
   });
   return {dz[0], dz[1]};
