@@ -4,8 +4,19 @@ from ssl_fast import functional
 from ssl_fast._op import backend
 from ssl_fast.methods.simclr import SimCLR
 from ssl_fast.ops.ema import ema_update_
+from ssl_fast.ops.info_nce import CLIPLoss, InfoNCE, SupConLoss
 from ssl_fast.ops.nt_xent import NTXentLoss
 
 __version__ = "0.1.0"
 
-__all__ = ["NTXentLoss", "SimCLR", "backend", "ema_update_", "functional", "__version__"]
+__all__ = [
+    "CLIPLoss",
+    "InfoNCE",
+    "NTXentLoss",
+    "SimCLR",
+    "SupConLoss",
+    "backend",
+    "ema_update_",
+    "functional",
+    "__version__",
+]

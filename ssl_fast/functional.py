@@ -1,5 +1,6 @@
 """The functions of the ops' home pages."""
 
+from ssl_fast.ops.info_nce import clip, info_nce, sup_con
 from ssl_fast.ops.nt_xent import nt_xent
 
-__all__ = ["nt_xent"]
+__all__ = ["clip", "info_nce", "nt_xent", "sup_con"]

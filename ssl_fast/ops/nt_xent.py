@@ -15,26 +15,21 @@ gradient of confident pairs. docs/kernels.md has the arithmetic of every backend
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from ssl_fast._op import HALF_AND_FLOAT, Op, autocast_dtype
-
-Reduction = Literal["mean", "sum", "none"]
-_DTYPES = (*HALF_AND_FLOAT, torch.float64)
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as ATen numbers them
-
+from ssl_fast._op import HALF_AND_FLOAT, Op
+from ssl_fast.ops import _losses
+from ssl_fast.ops._losses import REDUCTIONS, Reduction, accumulator, positive, tangent, to_rows
 
 # ---- reference: the definition, and the fallback on any device
 
 
 def _rows(z1: Tensor, z2: Tensor, normalize: bool) -> Tensor:
-    z = torch.cat([z1, z2]).to(_accumulator(z1))
-    return F.normalize(z) if normalize else z
+    return to_rows(torch.cat([z1, z2]), normalize)
 
 
 def _similarity_of_pairs(z: Tensor) -> Tensor:
@@ -43,27 +38,19 @@ def _similarity_of_pairs(z: Tensor) -> Tensor:
     return (z1 * z2).sum(1).repeat(2)
 
 
-def _accumulator(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
-
-
-def _positive(temperature: Tensor) -> Tensor:
-    return torch.where(temperature > 0, temperature, torch.nan)
-
-
 def _blocks(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Row blocks with their similarities (B, M). A block holds about as many numbers as z, so memory stays O(M D)."""
     size = max(16, min(1024, z.shape[1] * 2))
     for start in range(0, len(z), size):
-        rows = slice(start, min(start + size, len(z)))
-        yield rows, z[rows] @ z.T
+        block = slice(start, min(start + size, len(z)))
+        yield block, z[block] @ z.T
 
 
-def _mask_pairs(x: Tensor, rows: slice, value: float) -> Tensor:
+def _mask_pairs(x: Tensor, block: slice, value: float) -> Tensor:
     """Set the entries of the row itself and of its positive, in place."""
     M = x.shape[1]
-    i = torch.arange(rows.start, rows.stop, device=x.device)
-    local = i - rows.start
+    i = torch.arange(block.start, block.stop, device=x.device)
+    local = i - block.start
     x[local, i] = value
     x[local, (i + M // 2) % M] = value
     return x
@@ -74,14 +61,14 @@ def _reduce(loss: Tensor, reduction: int) -> Tensor:
 
 
 def _fwd_reference(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, reduction: int) -> tuple[Tensor, ...]:
-    z, t = _rows(z1, z2, normalize), _positive(temperature)
+    z, t = _rows(z1, z2, normalize), positive(temperature)
     s_pos = _similarity_of_pairs(z)
     lse_neg, r = torch.empty_like(s_pos), torch.empty_like(s_pos)
-    for rows, s in _blocks(z):
-        lse_neg[rows] = torch.logsumexp(_mask_pairs(s / t, rows, -torch.inf), 1)
-        lse = torch.logaddexp(lse_neg[rows], s_pos[rows] / t)
-        P_neg = _mask_pairs(torch.exp(s / t - lse[:, None]), rows, 0.0)
-        r[rows] = (P_neg * (s - s_pos[rows, None])).sum(1)
+    for block, s in _blocks(z):
+        lse_neg[block] = torch.logsumexp(_mask_pairs(s / t, block, -torch.inf), 1)
+        lse = torch.logaddexp(lse_neg[block], s_pos[block] / t)
+        P_neg = _mask_pairs(torch.exp(s / t - lse[:, None]), block, 0.0)
+        r[block] = (P_neg * (s - s_pos[block, None])).sum(1)
     gap = lse_neg - s_pos / t
     loss = _reduce(torch.logaddexp(gap, torch.zeros_like(gap)), reduction)
     return loss, torch.logaddexp(lse_neg, s_pos / t), torch.sigmoid(gap), r
@@ -97,25 +84,23 @@ def _bwd_reference(
     q: Tensor,
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
-    z, t = _rows(z1, z2, normalize), _positive(temperature)
+    z, t = _rows(z1, z2, normalize), positive(temperature)
     a = grad_loss + grad_lse
     c = grad_lse * (1 - q) - grad_loss * q
     dz = (c + c.roll(len(z1)))[:, None] * z.roll(len(z1), 0)
-    for rows, s in _blocks(z):
+    for block, s in _blocks(z):
         # One weight for both roles of z_j: as a column of row i's softmax, and as the row whose softmax holds i.
-        weight = a[rows, None] * torch.exp(s / t - lse[rows, None]) + a * torch.exp(s / t - lse)
-        dz[rows] += _mask_pairs(weight, rows, 0.0) @ z
+        weight = a[block, None] * torch.exp(s / t - lse[block, None]) + a * torch.exp(s / t - lse)
+        dz[block] += _mask_pairs(weight, block, 0.0) @ z
     dz /= t
     if normalize:
-        norm = torch.cat([z1, z2]).to(z.dtype).norm(dim=1, keepdim=True)
-        tangent = dz - (dz * z).sum(1, keepdim=True) * z
-        dz = torch.where(norm < 1e-12, dz / 1e-12, tangent / norm)
+        dz = tangent(dz, z, torch.cat([z1, z2]))
     dz1, dz2 = dz.to(z1.dtype).chunk(2)
     return dz1.clone(), dz2.clone()  # two outputs of one operator may not share storage
 
 
 def _fwd_fake(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, reduction: int) -> tuple[Tensor, ...]:
-    loss, *rows = (z1.new_empty(2 * z1.shape[0], dtype=_accumulator(z1)) for _ in range(4))
+    loss, *rows = (z1.new_empty(2 * z1.shape[0], dtype=accumulator(z1)) for _ in range(4))
     return (loss.new_empty(()) if reduction else loss), *rows
 
 
@@ -164,7 +149,7 @@ class _NTXent(torch.autograd.Function):
         only_loss = grad_lse is None
         grad_loss = lse.new_zeros(()) if grad_loss is None else grad_loss
         grad_lse = lse.new_zeros(()) if grad_lse is None else grad_lse
-        if ctx.reduction == _REDUCTIONS["mean"]:
+        if ctx.reduction == REDUCTIONS["mean"]:
             grad_loss = grad_loss / len(lse)
         grad_loss, grad_lse = grad_loss.expand_as(lse), grad_lse.expand_as(lse)
         dz1 = dz2 = dt = None
@@ -212,53 +197,11 @@ def nt_xent(
     Example:
         >>> loss = nt_xent(model(view1), model(view2), temperature=0.1)
     """
-    z1, z2 = _check_embeddings(z1, z2)
-    t = _check_temperature(temperature, z1)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}, allowed: 'mean', 'sum', 'none'")
-    loss, lse = _NTXent.apply(z1, z2, t, normalize, _REDUCTIONS[reduction])
+    z1, z2 = _losses.check_embeddings("z1", z1, "z2", z2)
+    t = _losses.check_temperature(temperature, z1)
+    _losses.check_options(reduction)
+    loss, lse = _NTXent.apply(z1, z2, t, normalize, REDUCTIONS[reduction])
     return (loss, lse) if return_lse else loss
-
-
-def _check_embeddings(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
-    for name, z in (("z1", z1), ("z2", z2)):
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{name}: got {type(z).__name__}, allowed: a torch.Tensor of shape (N, D)")
-    shape = z1.shape
-    if len(shape) != 2 or shape[1] == 0:
-        raise ValueError(f"z1: got shape {tuple(shape)}, allowed: (N, D) with D >= 1; flatten other dimensions")
-    if shape[0] == 0:
-        raise ValueError("z1: got an empty batch (N=0), allowed: N >= 1; skip the step or drop the last batch")
-    if z2.shape != shape:
-        raise ValueError(
-            f"z2: got shape {tuple(z2.shape)}, allowed: the shape of z1, {tuple(shape)} (row i of each: one image)"
-        )
-    if z1.device != z2.device:
-        raise ValueError(f"z2: got device {z2.device}, allowed: the device of z1, {z1.device}")
-    for name, z in (("z1", z1), ("z2", z2)):
-        if z.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name}: got {z.dtype}, allowed: float16, bfloat16, float32, float64; cast it with .float()"
-            )
-    low = autocast_dtype(z1)
-    if low is not None:
-        z1, z2 = (z if z.dtype == torch.float64 else z.to(low) for z in (z1, z2))
-    if z1.dtype != z2.dtype:
-        raise TypeError(f"z2: got {z2.dtype}, allowed: the dtype of z1, {z1.dtype}; cast one of them")
-    return z1, z2
-
-
-def _check_temperature(temperature: float | Tensor, z: Tensor) -> Tensor:
-    dtype = _accumulator(z)
-    if isinstance(temperature, Tensor):
-        if temperature.numel() != 1:
-            raise ValueError(
-                f"temperature: got shape {tuple(temperature.shape)}, allowed: a float or a tensor of one element"
-            )
-        return temperature.reshape(()).to(z.device, dtype)
-    if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature}, allowed: a float above 0, such as 0.1 or 0.5")
-    return torch.scalar_tensor(temperature, dtype=dtype, device=z.device)
 
 
 class NTXentLoss(nn.Module):
@@ -296,7 +239,7 @@ class NTXentLoss(nn.Module):
         if gather_distributed:
             raise ValueError("gather_distributed: got True, allowed: False (the negatives are those of this process)")
         if not isinstance(temperature, Tensor):
-            _check_temperature(temperature, torch.empty(()))
+            _losses.check_temperature(temperature, torch.empty(()))
         self.temperature = temperature
         self.reduction = reduction
         self.normalize = normalize

@@ -1,0 +1,169 @@
+"""What the contrastive losses share: checks, reductions, and the losses of rows from their negatives.
+
+With d_i = log(sum of exp(s_ij / t) over the negatives j) - s_ip / t, the cross entropy of row i is softplus(d_i). It
+and its relatives need no more than (N,) vectors once the log-sum-exps are there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_fast._op import HALF_AND_FLOAT, autocast_dtype
+
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as ATen numbers them
+DTYPES = (*HALF_AND_FLOAT, torch.float64)
+
+
+def accumulator(z: Tensor) -> torch.dtype:
+    """The dtype of logits, sums and losses."""
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+def positive(temperature: Tensor) -> Tensor:
+    """NaN where a temperature is not above 0: it reaches every output, and no value need leave the device."""
+    return torch.where(temperature > 0, temperature, torch.nan)
+
+
+def to_rows(z: Tensor, normalize: bool) -> Tensor:
+    """Rows in the dtype of sums, of unit length where normalize."""
+    z = z.to(accumulator(z))
+    return F.normalize(z, dim=-1) if normalize else z
+
+
+def tangent(dz: Tensor, z: Tensor, x: Tensor) -> Tensor:
+    """The gradient for x from that for z = F.normalize(x), where z is that in dz's dtype."""
+    norm = x.to(dz.dtype).norm(dim=1, keepdim=True)
+    along = (dz * z).sum(1, keepdim=True)
+    return torch.where(norm < 1e-12, dz / 1e-12, (dz - along * z) / norm)
+
+
+# ---- the loss of a row
+
+
+def row_loss(
+    d: Tensor,
+    pos: Tensor,
+    *,
+    temperature: Tensor,
+    negatives: int | Tensor,
+    decoupled: bool = False,
+    tau_plus: float = 0.0,
+    label_smoothing: float = 0.0,
+    negative_sum: Tensor | None = None,
+) -> Tensor:
+    """(N,) losses from d, (N,), and the similarities of the positives pos, (N,).
+
+    Args:
+        negatives: how many each row has; an int, or (N,).
+        decoupled: leave the positive out of the denominator (Yeh et al. 2021, arXiv 2110.06848, equation 6): d itself.
+        tau_plus: the probability that a negative is of the positive's class; the sum over the negatives is corrected
+            for it (Chuang et al. 2020, arXiv 2007.00224, equation 8), at least to what rows opposite would give.
+        label_smoothing: as in F.cross_entropy over the positive and the negatives.
+        negative_sum: (N,), the sum of the similarities of the negatives, for label smoothing.
+    """
+    if tau_plus:
+        d = _debiased(d, pos, temperature, torch.as_tensor(negatives, dtype=d.dtype, device=d.device), tau_plus)
+    loss = d if decoupled else torch.logaddexp(d, torch.zeros_like(d))
+    if label_smoothing and negative_sum is not None:
+        mean = (pos + negative_sum) / (negatives + 1)
+        loss = loss + label_smoothing * (pos - mean) / temperature
+    return loss
+
+
+def _debiased(d: Tensor, pos: Tensor, temperature: Tensor, n: Tensor, tau_plus: float) -> Tensor:
+    """log(max((e^d - n tau) / (1 - tau), n exp((-1 - s_p) / t))), without overflow."""
+    least = n.log() - (1 + pos) / temperature
+    above = d > (n * tau_plus).log()
+    safe = torch.where(above, d, d.detach().clamp(min=0) + (n * tau_plus).log().clamp(min=0) + 1)
+    corrected = safe + torch.log1p(-n * tau_plus * torch.exp(-safe)) - math.log1p(-tau_plus)
+    return torch.where(above, torch.maximum(corrected, least), least)
+
+
+def reduce(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
+    """The mean is the weighted one where there are weights."""
+    if weight is not None:
+        weight = weight.to(loss.dtype)
+        loss = loss * weight
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.mean() if weight is None else loss.sum() / weight.sum()
+
+
+# ---- checks: the message names the argument, its value, what is allowed and what to do
+
+
+def check_embeddings(name1: str, z1: Tensor, name2: str, z2: Tensor, *, alike: bool = True) -> tuple[Tensor, Tensor]:
+    """Two (N, D) tensors of one dtype and device, cast as autocast would; `alike`: of one N too."""
+    for name, z in ((name1, z1), (name2, z2)):
+        if not isinstance(z, Tensor):
+            raise TypeError(f"{name}: got {type(z).__name__}, allowed: a torch.Tensor of shape (N, D)")
+    shape = z1.shape
+    if len(shape) != 2 or shape[1] == 0:
+        raise ValueError(f"{name1}: got shape {tuple(shape)}, allowed: (N, D) with D >= 1; flatten other dimensions")
+    if shape[0] == 0:
+        raise ValueError(f"{name1}: got an empty batch (N=0), allowed: N >= 1; skip the step or drop the last batch")
+    if z2.shape != shape and (alike or z2.dim() != 2 or z2.shape[1] != shape[1] or z2.shape[0] == 0):
+        allowed = f"the shape of {name1}, {tuple(shape)} (row i of each: one image)" if alike else f"(K, {shape[1]})"
+        raise ValueError(f"{name2}: got shape {tuple(z2.shape)}, allowed: {allowed}")
+    if z1.device != z2.device:
+        raise ValueError(f"{name2}: got device {z2.device}, allowed: the device of {name1}, {z1.device}")
+    for name, z in ((name1, z1), (name2, z2)):
+        if z.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: got {z.dtype}, allowed: float16, bfloat16, float32, float64; cast it with .float()"
+            )
+    low = autocast_dtype(z1)
+    if low is not None:
+        z1, z2 = (z if z.dtype == torch.float64 else z.to(low) for z in (z1, z2))
+    if z1.dtype != z2.dtype:
+        raise TypeError(f"{name2}: got {z2.dtype}, allowed: the dtype of {name1}, {z1.dtype}; cast one of them")
+    return z1, z2
+
+
+def check_temperature(temperature: float | Tensor, z: Tensor) -> Tensor:
+    dtype = accumulator(z)
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(
+                f"temperature: got shape {tuple(temperature.shape)}, allowed: a float or a tensor of one element"
+            )
+        return temperature.reshape(()).to(z.device, dtype)
+    if not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}, allowed: a float above 0, such as 0.1 or 0.5")
+    return torch.scalar_tensor(temperature, dtype=dtype, device=z.device)
+
+
+def check_options(
+    reduction: str, *, label_smoothing: float = 0.0, tau_plus: float = 0.0, group_ids: object = None
+) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, allowed: 'mean', 'sum', 'none'")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: got {label_smoothing}, allowed: 0 to 1")
+    if not 0 <= tau_plus < 1:
+        raise ValueError(f"tau_plus: got {tau_plus}, allowed: at least 0 and below 1, such as 0.1 for ten classes")
+    if label_smoothing and group_ids is not None:
+        raise ValueError(
+            "label_smoothing: got a value above 0 with group_ids, allowed: one of the two; masked negatives have no "
+            "probability to smooth"
+        )
+
+
+def check_per_row(name: str, values: Tensor | None, count: int, device: torch.device, *, integer: bool) -> None:
+    """None, or (count,) on a device."""
+    if values is None:
+        return
+    kind = "integers" if integer else "numbers"
+    if not isinstance(values, Tensor) or values.shape != (count,) or (integer and values.is_floating_point()):
+        got = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{name}: got {got}, allowed: a tensor of {kind}, one for each row, of shape ({count},)")
+    if values.device != device:
+        raise ValueError(f"{name}: got device {values.device}, allowed: that of the embeddings, {device}")

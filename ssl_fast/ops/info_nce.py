@@ -1,0 +1,780 @@
+"""Contrastive losses between two sets of rows, without their similarity matrix: InfoNCE, CLIP, SupCon.
+
+x (N, D) meets y (K, D), unit rows where normalize; s_ij = x_i . y_j. What every loss here needs is
+
+    lse_i = log(sum over j of exp(s_ij / t)),  j over the columns that row i may see
+    P_ij  = exp(s_ij / t - lse_i)
+
+and the same over the rows of a column. A column is left out where j = i + diagonal, or where its id equals the row's:
+so positives and false negatives never enter a matrix product, where their weights would be rounded to 16 bits.
+
+An lse is kept as its largest similarity, the shift, and log_sum, so that P = exp((s - shift) / t - log_sum) has its
+digits where logits are large. docs/kernels.md has the arithmetic of every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ssl_fast._op import Op
+from ssl_fast.ops import _losses
+from ssl_fast.ops._losses import Reduction, accumulator, positive, tangent, to_rows
+
+# ---- reference: the definition, and the fallback on any device
+
+
+def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of x's rows with their similarities (B, K). A block holds about as many numbers as y: memory is O(K D)."""
+    size = max(16, min(1024, y.shape[1] * 2))
+    for start in range(0, len(x), size):
+        block = slice(start, min(start + size, len(x)))
+        yield block, x[block] @ y.T
+
+
+def _left_out(
+    block: slice, columns: int, x_ids: Tensor | None, y_ids: Tensor | None, diagonal: int | None, device: torch.device
+) -> Any:
+    """(B, K), True where row i may not see column j; None where it sees all."""
+    mask = None
+    if diagonal is not None:
+        i = torch.arange(block.start, block.stop, device=device)[:, None]
+        mask = torch.arange(columns, device=device) == i + diagonal
+    if x_ids is not None and y_ids is not None:
+        same = x_ids[block, None] == y_ids
+        mask = same if mask is None else mask | same
+    return mask
+
+
+def _add_stats(stats: Tensor, s: Tensor, t: Tensor, mask: Tensor | None) -> None:
+    """Merge columns s (B, K) into the stats (4, B) of its rows: lse, shift, log_sum, mean."""
+    s = s if mask is None else s.masked_fill(mask, -torch.inf)
+    shift = torch.maximum(stats[1], s.amax(1))
+    finite = torch.where(shift == -torch.inf, 0, shift)
+    e = torch.exp((s - finite[:, None]) / t)
+    before = torch.exp((stats[1] - finite) / t + stats[2])
+    total = before + e.sum(1)
+    moment = torch.where(total == before, 0, (e * s.masked_fill(s == -torch.inf, 0)).sum(1))
+    stats[3] = torch.where(total == 0, 0, (before * stats[3] + moment) / total)
+    stats[2] = total.log()
+    stats[1] = shift
+    stats[0] = finite / t + stats[2]
+
+
+def _empty_stats(n: int, like: Tensor) -> Tensor:
+    stats = like.new_zeros(4, n)
+    stats[:3] = -torch.inf
+    stats[2] = 0  # exp((-inf - shift) / t + 0) is the empty sum
+    return stats
+
+
+def _fwd_reference(
+    x: Tensor,
+    y: Tensor,
+    temperature: Tensor,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    diagonal: int | None,
+    normalize: bool,
+    columns: bool,
+) -> tuple[Tensor, Tensor]:
+    x, y, t = to_rows(x, normalize), to_rows(y, normalize), positive(temperature)
+    of_rows, of_columns = _empty_stats(len(x), x), _empty_stats(len(y) if columns else 0, x)
+    for block, s in _blocks(x, y):
+        mask = _left_out(block, len(y), x_ids, y_ids, diagonal, x.device)
+        _add_stats(of_rows[:, block], s, t, mask)
+        if columns:
+            _add_stats(of_columns, s.T, t, None if mask is None else mask.T)
+    return of_rows, of_columns
+
+
+def _softmax(s: Tensor, t: Tensor, stats: Tensor, mask: Tensor | None) -> Tensor:
+    """P (B, K) from its rows' stats; rows that see nothing are zero."""
+    shift = torch.where(stats[1] == -torch.inf, 0, stats[1])
+    P = torch.exp((s - shift[:, None]) / t - stats[2][:, None])
+    return P if mask is None else P.masked_fill(mask, 0)
+
+
+def _bwd_reference(
+    grad_lse: Tensor,
+    grad_column_lse: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    temperature: Tensor,
+    of_rows: Tensor,
+    of_columns: Tensor,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    diagonal: int | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    xhat, yhat, t = to_rows(x, normalize), to_rows(y, normalize), positive(temperature)
+    dx, dy = torch.empty_like(xhat), torch.zeros_like(yhat)
+    for block, s in _blocks(xhat, yhat):
+        mask = _left_out(block, len(y), x_ids, y_ids, diagonal, x.device)
+        weight = grad_lse[block, None] * _softmax(s, t, of_rows[:, block], mask)
+        if grad_column_lse is not None:
+            weight += (grad_column_lse[:, None] * _softmax(s.T, t, of_columns, None if mask is None else mask.T)).T
+        dx[block] = weight @ yhat / t
+        dy += weight.T @ xhat[block] / t
+    if normalize:
+        dx, dy = tangent(dx, xhat, x), tangent(dy, yhat, y)
+    return dx.to(x.dtype), dy.to(y.dtype)
+
+
+def _one_pass_reference(
+    x: Tensor,
+    y: Tensor,
+    temperature: Tensor,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    diagonal: int | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    xhat, yhat, t = to_rows(x, normalize), to_rows(y, normalize), positive(temperature)
+    stats, out = _empty_stats(len(x), xhat), torch.empty_like(xhat)
+    for block, s in _blocks(xhat, yhat):
+        mask = _left_out(block, len(y), x_ids, y_ids, diagonal, x.device)
+        _add_stats(stats[:, block], s, t, mask)
+        out[block] = _softmax(s, t, stats[:, block], mask) @ yhat
+    return stats, out
+
+
+def _sup_con_fwd_reference(z: Tensor, labels: Tensor, temperature: Tensor, normalize: bool) -> Tensor:
+    z, t = to_rows(z, normalize), positive(temperature)
+    stats = torch.cat([_empty_stats(len(z), z), z.new_zeros(2, len(z))])
+    for block, s in _blocks(z, z):
+        self_term = _left_out(block, len(z), None, None, 0, z.device)
+        _add_stats(stats[:4, block], s, t, self_term)
+        alike = (labels[block, None] == labels) & ~self_term
+        stats[4, block] = s.masked_fill(~alike, 0).sum(1)
+        stats[5, block] = alike.sum(1).to(s.dtype)
+    return stats
+
+
+def _sup_con_bwd_reference(
+    grad_lse: Tensor,
+    grad_positives: Tensor,
+    z: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    stats: Tensor,
+    normalize: bool,
+) -> Tensor:
+    zhat, t = to_rows(z, normalize), positive(temperature)
+    dz = torch.empty_like(zhat)
+    for block, s in _blocks(zhat, zhat):
+        self_term = _left_out(block, len(z), None, None, 0, z.device)
+        # One weight for both roles of z_j, the positives' own term in it: subtracted later, it would have to cancel.
+        weight = grad_lse[block, None] * _softmax(s, t, stats[:, block], self_term)
+        weight += (grad_lse[:, None] * _softmax(s.T, t, stats, self_term.T)).T
+        alike = (labels[block, None] == labels).masked_fill(self_term, False)
+        weight = weight / t + alike * (grad_positives[block, None] + grad_positives)
+        dz[block] = weight @ zhat
+    return (tangent(dz, zhat, z) if normalize else dz).to(z.dtype)
+
+
+# ---- shapes
+
+
+def _fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    columns = rest[-1]
+    dtype = accumulator(x)
+    return x.new_empty(4, x.shape[0], dtype=dtype), x.new_empty(4, y.shape[0] if columns else 0, dtype=dtype)
+
+
+def _bwd_fake(grad_lse: Tensor, grad_column_lse: Tensor, x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), y.new_empty(y.shape)
+
+
+def _one_pass_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = accumulator(x)
+    return x.new_empty(4, x.shape[0], dtype=dtype), x.new_empty(x.shape, dtype=dtype)
+
+
+# ---- operators
+
+info_nce_fwd = Op(
+    "info_nce_fwd(Tensor x, Tensor y, Tensor temperature, Tensor? x_ids, Tensor? y_ids, int? diagonal, bool normalize, "
+    "bool columns) -> (Tensor, Tensor)",
+    _fwd_reference,
+    fake=_fwd_fake,
+    native={},
+    triton=None,
+    decides="x",
+)
+info_nce_bwd = Op(
+    "info_nce_bwd(Tensor grad_lse, Tensor? grad_column_lse, Tensor x, Tensor y, Tensor temperature, Tensor of_rows, "
+    "Tensor of_columns, Tensor? x_ids, Tensor? y_ids, int? diagonal, bool normalize) -> (Tensor, Tensor)",
+    _bwd_reference,
+    fake=_bwd_fake,
+    native={},
+    triton=None,
+    decides="x",
+)
+info_nce_one_pass = Op(
+    "info_nce_one_pass(Tensor x, Tensor y, Tensor temperature, Tensor? x_ids, Tensor? y_ids, int? diagonal, "
+    "bool normalize) -> (Tensor, Tensor)",
+    _one_pass_reference,
+    fake=_one_pass_fake,
+    native={},
+    triton=None,
+    decides="x",
+)
+sup_con_fwd = Op(
+    "sup_con_fwd(Tensor z, Tensor labels, Tensor temperature, bool normalize) -> Tensor",
+    _sup_con_fwd_reference,
+    fake=lambda z, *_: z.new_empty(6, z.shape[0], dtype=accumulator(z)),
+    native={},
+    triton=None,
+    decides="z",
+)
+sup_con_bwd = Op(
+    "sup_con_bwd(Tensor grad_lse, Tensor grad_positives, Tensor z, Tensor labels, Tensor temperature, Tensor stats, "
+    "bool normalize) -> Tensor",
+    _sup_con_bwd_reference,
+    fake=lambda grad_lse, grad_positives, z, *_: z.new_empty(z.shape),
+    native={},
+    triton=None,
+    decides="z",
+)
+
+
+# ---- autograd
+
+
+class _LogSumExp(torch.autograd.Function):
+    """lse of the rows, (N,), and of the columns, (K,) or empty."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        temperature: Tensor,
+        x_ids: Tensor | None,
+        y_ids: Tensor | None,
+        diagonal: int | None,
+        normalize: bool,
+        columns: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.backend = info_nce_fwd.backend_for(x)
+        ctx.diagonal, ctx.normalize, ctx.columns = diagonal, normalize, columns
+        stats = info_nce_fwd(x, y, temperature, x_ids, y_ids, diagonal, normalize, columns, backend=ctx.backend)
+        ctx.save_for_backward(x, y, temperature, x_ids, y_ids, *stats)
+        ctx.set_materialize_grads(False)
+        return stats[0][0].clone(), stats[1][0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_lse: Tensor | None, grad_column_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, y, temperature, x_ids, y_ids, of_rows, of_columns = ctx.saved_tensors
+        if grad_lse is None:
+            grad_lse = torch.zeros_like(of_rows[0])
+        if not ctx.columns:  # compiled, a gradient that nobody asked for is no None
+            grad_column_lse = None
+        dx = dy = dt = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            dx, dy = info_nce_bwd(
+                grad_lse, grad_column_lse, x, y, temperature, of_rows, of_columns, x_ids, y_ids, ctx.diagonal,
+                ctx.normalize, backend=ctx.backend,
+            )  # fmt: skip
+        if ctx.needs_input_grad[2]:
+            dt = (grad_lse * of_rows[3]).sum()  # d lse / dt = -E_P[s] / t^2
+            if grad_column_lse is not None:
+                dt = dt + (grad_column_lse * of_columns[3]).sum()
+            dt = -dt / temperature**2
+        return dx, dy, dt, None, None, None, None, None
+
+
+class _OnePass(torch.autograd.Function):
+    """lse of the rows, (N,), where y carries no gradient: the forward takes softmax(x y^T) y along, (N, D), and the
+    backward is elementwise. y is not kept: it may be written over at once, as a queue is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        temperature: Tensor,
+        x_ids: Tensor | None,
+        y_ids: Tensor | None,
+        diagonal: int | None,
+        normalize: bool,
+    ) -> Tensor:
+        stats, out = info_nce_one_pass(x, y, temperature, x_ids, y_ids, diagonal, normalize)
+        ctx.normalize = normalize
+        ctx.save_for_backward(x, temperature, stats, out)
+        return stats[0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        x, temperature, stats, out = ctx.saved_tensors
+        dx = dt = None
+        if ctx.needs_input_grad[0]:
+            dx = out * (grad_lse / temperature)[:, None]
+            if ctx.normalize:
+                dx = tangent(dx, to_rows(x, True), x)
+            dx = dx.to(x.dtype)
+        if ctx.needs_input_grad[2]:
+            dt = -(grad_lse * stats[3]).sum() / temperature**2
+        return dx, None, dt, None, None, None, None
+
+
+class _SupCon(torch.autograd.Function):
+    """lse over the other rows, (M,), and the sum of the similarities of the positives, (M,), with their number."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, labels: Tensor, temperature: Tensor, normalize: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.backend = sup_con_fwd.backend_for(z)
+        ctx.normalize = normalize
+        stats = sup_con_fwd(z, labels, temperature, normalize, backend=ctx.backend)
+        ctx.save_for_backward(z, labels, temperature, stats)
+        lse, positives, count = stats[0].clone(), stats[4].clone(), stats[5].clone()
+        ctx.mark_non_differentiable(count)
+        return lse, positives, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_lse: Tensor, grad_positives: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        z, labels, temperature, stats = ctx.saved_tensors
+        dz = dt = None
+        if ctx.needs_input_grad[0]:
+            dz = sup_con_bwd(
+                grad_lse, grad_positives, z, labels, temperature, stats, ctx.normalize, backend=ctx.backend
+            )
+        if ctx.needs_input_grad[2]:
+            dt = -(grad_lse * stats[3]).sum() / temperature**2
+        return dz, None, dt, None
+
+
+def log_sum_exp(
+    x: Tensor,
+    y: Tensor,
+    temperature: Tensor,
+    *,
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    diagonal: int | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """(N,) log of the sum over the columns of exp(x_i . y_j / t), by whichever pass the gradients asked for allow."""
+    if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+        return _OnePass.apply(x, y, temperature, x_ids, y_ids, diagonal, normalize)
+    return _LogSumExp.apply(x, y, temperature, x_ids, y_ids, diagonal, normalize, False)[0]
+
+
+# ---- InfoNCE
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    *,
+    paired_negative_keys: Tensor | None = None,
+    in_batch: bool | None = None,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    return_lse: bool = False,
+    label_smoothing: float = 0.0,
+    decoupled: bool = False,
+    tau_plus: float = 0.0,
+    group_ids: Tensor | None = None,
+    negative_group_ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Any:
+    """InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, equation 4; MoCo, arXiv 1911.05722, equation 1).
+
+    Row i of positive_key is the positive of query i. Its negatives are every row of negative_keys (a queue, or any
+    bank), its own paired_negative_keys, and with `in_batch` the other rows of positive_key. No matrix of similarities
+    is held. Where negative_keys carry no gradient, one pass over them gives the loss and the gradient for the queries,
+    and nothing of them is kept: they may be written over before backward().
+
+    Equivalent to, with every row normalised:
+        logits = torch.cat([(query * positive_key).sum(1, keepdim=True), query @ negative_keys.T], 1) / temperature
+        F.cross_entropy(logits, torch.zeros(N, dtype=torch.long), reduction=reduction)
+
+    Args:
+        query, positive_key: (N, D), fp16, bf16, fp32 or fp64, any strides.
+        negative_keys: (K, D), shared by all queries.
+        temperature: a float above 0, or a tensor of one element, which gets a gradient.
+        paired_negative_keys: (N, M, D), for each query its own.
+        in_batch: whether the other queries' positives are negatives. Default: where no other negatives are given.
+        normalize: divide every row by its L2 norm, as F.normalize.
+        reduction: "mean" and "sum" give a scalar, "none" the losses (N,).
+        return_lse: also return the (N,) log-sum-exp of each row's logits, the positive's included.
+        label_smoothing, decoupled, tau_plus: F.cross_entropy's smoothing; the positive left out of the denominator
+            (DCL, arXiv 2110.06848); the probability of false negatives to correct for (arXiv 2007.00224).
+        group_ids, negative_group_ids: (N,) and (K,) integers: a negative of the query's group is a known false one, and
+            left out. In the batch group_ids alone decides; the positive always counts.
+        sample_weight: (N,) weights of the rows; the mean becomes the weighted one.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64), or (loss, lse).
+
+    Raises:
+        ValueError, TypeError: naming the argument, for shapes, dtypes or combinations that do not fit.
+
+    Example:
+        >>> loss = info_nce(q, k, queue.keys, temperature=0.07)
+    """
+    query, positive_key = _losses.check_embeddings("query", query, "positive_key", positive_key)
+    N, device = len(query), query.device
+    t = _losses.check_temperature(temperature, query)
+    _losses.check_options(reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, group_ids=group_ids)
+    _losses.check_per_row("group_ids", group_ids, N, device, integer=True)
+    _losses.check_per_row("sample_weight", sample_weight, N, device, integer=False)
+    if in_batch is None:
+        in_batch = negative_keys is None and paired_negative_keys is None
+
+    pos = (to_rows(query, normalize) * to_rows(positive_key, normalize)).sum(1)
+    lses: list[Tensor] = []
+    negatives: int | Tensor = 0
+    negative_sum = torch.zeros_like(pos) if label_smoothing else None
+
+    def total(keys: Tensor) -> Tensor:
+        return (to_rows(query, normalize) * to_rows(keys, normalize).sum(-2)).sum(1)
+
+    if in_batch:
+        lses.append(
+            log_sum_exp(query, positive_key, t, x_ids=group_ids, y_ids=group_ids, diagonal=0, normalize=normalize)
+        )
+        negatives = negatives + (N - 1 if group_ids is None else N - _matches(group_ids, group_ids))
+        if negative_sum is not None:
+            negative_sum = negative_sum + total(positive_key) - pos
+    if negative_keys is not None:
+        query, negative_keys = _losses.check_embeddings("query", query, "negative_keys", negative_keys, alike=False)
+        K = len(negative_keys)
+        if (negative_group_ids is None) != (group_ids is None):
+            raise ValueError(
+                "negative_group_ids: got " + ("None" if negative_group_ids is None else "ids without group_ids")
+                + f", allowed: ids of the queries as group_ids (N={N}) and of the keys as negative_group_ids (K={K}), "
+                "or neither"
+            )  # fmt: skip
+        _losses.check_per_row("negative_group_ids", negative_group_ids, K, device, integer=True)
+        ids = (group_ids, negative_group_ids)
+        lses.append(log_sum_exp(query, negative_keys, t, x_ids=ids[0], y_ids=ids[1], normalize=normalize))
+        matches = 0 if group_ids is None or negative_group_ids is None else _matches(group_ids, negative_group_ids)
+        negatives = negatives + (K - matches)
+        if negative_sum is not None:
+            negative_sum = negative_sum + total(negative_keys)
+    if paired_negative_keys is not None:
+        paired = paired_negative_keys
+        if paired.dim() != 3 or paired.shape[0] != N or paired.shape[2] != query.shape[1] or paired.shape[1] == 0:
+            raise ValueError(
+                f"paired_negative_keys: got shape {tuple(paired.shape)}, allowed: (N, M, D) = "
+                f"({N}, M, {query.shape[1]})"
+            )
+        s = torch.einsum("nd,nmd->nm", to_rows(query, normalize), to_rows(paired.to(query.dtype), normalize))
+        lses.append(torch.logsumexp(s / positive(t), 1))
+        negatives = negatives + paired.shape[1]
+        if negative_sum is not None:
+            negative_sum = negative_sum + s.sum(1)
+    if not lses:
+        raise ValueError(
+            "negative_keys: got None with in_batch=False, allowed: a tensor (K, D), paired_negative_keys, or "
+            "in_batch=True"
+        )
+
+    lse = lses[0]
+    for other in lses[1:]:
+        lse = torch.logaddexp(lse, other)
+    scaled = pos / positive(t)
+    loss = _losses.row_loss(
+        lse - scaled, pos, temperature=t, negatives=negatives, decoupled=decoupled, tau_plus=tau_plus,
+        label_smoothing=label_smoothing, negative_sum=negative_sum,
+    )  # fmt: skip
+    loss = _losses.reduce(loss, reduction, sample_weight)
+    return (loss, torch.logaddexp(lse, scaled)) if return_lse else loss
+
+
+def _matches(ids: Tensor, others: Tensor) -> Tensor:
+    """For each id how many of the others are equal to it, in O(K log K) and without a matrix."""
+    ordered = others.sort().values
+    return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+
+
+class InfoNCE(nn.Module):
+    """InfoNCE as a module; a drop-in for info_nce.InfoNCE of info-nce-pytorch without its similarity matrix.
+
+    Equivalent to: info_nce.InfoNCE(temperature, reduction, negative_mode)(query, positive_key, negative_keys).
+
+    Args:
+        temperature: a float above 0, or a tensor of one element; an nn.Parameter is learned with the model.
+        reduction: "mean", "sum" or "none".
+        negative_mode: "unpaired", negative_keys (K, D) for all queries; or "paired", (N, M, D), for each its own.
+        options: keyword arguments of `ssl_fast.functional.info_nce`, such as in_batch, decoupled or label_smoothing.
+
+    Shape:
+        query, positive_key: (N, D). Without negative_keys the other positives of the batch are the negatives.
+
+    Example:
+        >>> loss = InfoNCE(temperature=0.07)(query, positive_key, queue.keys)
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        reduction: Reduction = "mean",
+        negative_mode: Literal["unpaired", "paired"] = "unpaired",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not isinstance(temperature, Tensor):
+            _losses.check_temperature(temperature, torch.empty(()))
+        _losses.check_options(reduction)
+        if negative_mode not in ("unpaired", "paired"):
+            raise ValueError(f"negative_mode: got {negative_mode!r}, allowed: 'unpaired', 'paired'")
+        self.temperature = temperature
+        self.reduction = reduction
+        self.negative_mode = negative_mode
+        self.options = options
+
+    def forward(
+        self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None, **per_call: Any
+    ) -> Tensor:
+        name = "negative_keys" if self.negative_mode == "unpaired" else "paired_negative_keys"
+        negatives: dict[str, Any] = {} if negative_keys is None else {name: negative_keys}
+        return info_nce(
+            query, positive_key, temperature=self.temperature, reduction=self.reduction,
+            **negatives, **self.options, **per_call,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        t = self.temperature
+        return (
+            f"temperature={'learned' if isinstance(t, nn.Parameter) else t}, reduction={self.reduction!r}, "
+            f"negative_mode={self.negative_mode!r}"
+        )
+
+
+# ---- CLIP
+
+
+def clip(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: Tensor | None = None,
+    *,
+    normalize: bool = False,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    group_ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """The loss of CLIP (Radford et al. 2021, arXiv 2103.00020, figure 3), both directions from each tile.
+
+    Equivalent to:
+        logits = logit_scale * image_features @ text_features.T + logit_bias; labels = torch.arange(N)
+        (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    Args:
+        image_features, text_features: (N, D), fp16, bf16, fp32 or fp64, any strides; row i of each: one pair.
+        logit_scale: 1 / temperature: a float above 0, or a tensor of one element, which gets a gradient.
+        logit_bias: a number added to every logit, which a softmax does not see: its gradient is zero.
+        normalize: divide every row by its L2 norm first. False, as in open_clip, whose models normalise.
+        reduction: "mean" and "sum" give a scalar, "none" the mean of both directions of each pair, (N,).
+        label_smoothing, group_ids, sample_weight: as in `info_nce`; pairs of a group are no negatives of each other.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError, TypeError: naming the argument, for shapes, dtypes or combinations that do not fit.
+
+    Example:
+        >>> loss = clip(image_features, text_features, model.logit_scale.exp())
+    """
+    image, text = _losses.check_embeddings("image_features", image_features, "text_features", text_features)
+    N = len(image)
+    _losses.check_options(reduction, label_smoothing=label_smoothing, group_ids=group_ids)
+    _losses.check_per_row("group_ids", group_ids, N, image.device, integer=True)
+    _losses.check_per_row("sample_weight", sample_weight, N, image.device, integer=False)
+    if not isinstance(logit_scale, Tensor) and not logit_scale > 0:
+        raise ValueError(f"logit_scale: got {logit_scale}, allowed: a float above 0, such as 1 / 0.07")
+    inverse = (
+        1 / logit_scale if not isinstance(logit_scale, Tensor) else logit_scale.to(accumulator(image)).reciprocal()
+    )
+    t = _losses.check_temperature(inverse, image)
+
+    image_hat, text_hat = to_rows(image, normalize), to_rows(text, normalize)
+    pos = (image_hat * text_hat).sum(1)
+    lses = _LogSumExp.apply(image, text, t, group_ids, group_ids, 0, normalize, True)
+    losses = []
+    for lse, queries, keys in zip(lses, (image_hat, text_hat), (text_hat, image_hat), strict=True):
+        negative_sum = (queries * keys.sum(0)).sum(1) - pos if label_smoothing else None
+        losses.append(
+            _losses.row_loss(
+                lse - pos / positive(t),
+                pos,
+                temperature=t,
+                negatives=N - 1,
+                label_smoothing=label_smoothing,
+                negative_sum=negative_sum,
+            )  # fmt: skip
+        )
+    loss = (losses[0] + losses[1]) / 2
+    if logit_bias is not None:
+        loss = loss + 0 * logit_bias.to(loss.dtype)
+    return _losses.reduce(loss, reduction, sample_weight)
+
+
+class CLIPLoss(nn.Module):
+    """The loss of CLIP as a module; a drop-in for open_clip.ClipLoss without its two similarity matrices.
+
+    Equivalent to: open_clip.ClipLoss()(image_features, text_features, logit_scale).
+
+    Args:
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: in open_clip's places. The first
+            three change how open_clip computes; here the result is exact whatever they say. world_size: 1.
+        options: keyword arguments of `ssl_fast.functional.clip`.
+
+    Shape:
+        image_features, text_features: (N, D), normalised by the caller; logit_scale a scalar, already exponentiated.
+
+    Example:
+        >>> loss = CLIPLoss()(image_features, text_features, model.logit_scale.exp())
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if world_size != 1 or use_horovod:
+            raise ValueError(
+                f"world_size: got {world_size}{' with use_horovod' if use_horovod else ''}, allowed: 1 (the negatives "
+                "are those of this process)"
+            )
+        self.options = options
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Any:
+        loss = clip(image_features, text_features, logit_scale, logit_bias, **self.options)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+# ---- SupCon
+
+
+def sup_con(
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    *,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, equation 2), in O(M D) memory.
+
+    Rows of one label are each other's positives, all other rows the negatives; a row is never its own.
+    Equivalent to:
+        z = F.normalize(embeddings); logits = (z @ z.T / temperature).fill_diagonal_(-inf)
+        alike = (labels[:, None] == labels).fill_diagonal_(False)
+        loss = -(logits.log_softmax(1).masked_fill(~alike, 0).sum(1) / alike.sum(1))[alike.any(1)].mean()
+
+    Args:
+        embeddings: (M, D), or (N, V, D) for V views of N images, fp16, bf16, fp32 or fp64, any strides.
+        labels: (M,) or (N,) integers. None with (N, V, D): the views of an image are its positives, as in SimCLR.
+        temperature: a float above 0, or a tensor of one element, which gets a gradient.
+        normalize: divide each row by its L2 norm, as F.normalize.
+        reduction: "mean" over the rows that have a positive, and "sum", give a scalar; "none" (M,) or (N, V), with 0
+            where a row has no positive.
+        sample_weight: (M,) or (N,) weights of the rows or images; the mean becomes the weighted one.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64). Without any positive it is 0.
+
+    Raises:
+        ValueError, TypeError: naming the argument, for shapes or dtypes that do not fit.
+
+    Example:
+        >>> loss = sup_con(model(images), labels, temperature=0.1)
+    """
+    views = 1
+    if isinstance(embeddings, Tensor) and embeddings.dim() == 3:
+        N, views = embeddings.shape[:2]
+        if labels is None:
+            labels = torch.arange(N, device=embeddings.device)
+    z = (
+        embeddings.flatten(0, 1)
+        if views > 1 or (isinstance(embeddings, Tensor) and embeddings.dim() == 3)
+        else embeddings
+    )
+    z, _ = _losses.check_embeddings("embeddings", z, "embeddings", z)
+    images = len(z) // views
+    if labels is None:
+        raise ValueError("labels: got None with embeddings (M, D), allowed: (M,) integers, or embeddings (N, V, D)")
+    t = _losses.check_temperature(temperature, z)
+    _losses.check_options(reduction)
+    _losses.check_per_row("labels", labels, images, z.device, integer=True)
+    _losses.check_per_row("sample_weight", sample_weight, images, z.device, integer=False)
+    if views > 1:
+        labels = labels.repeat_interleave(views)
+        sample_weight = None if sample_weight is None else sample_weight.repeat_interleave(views)
+
+    lse, positives, count = _SupCon.apply(z, labels.long(), t, normalize)
+    has = count > 0
+    loss = torch.where(has, lse - positives / (count.clamp(min=1) * positive(t)), 0)
+    if reduction == "none":
+        loss = _losses.reduce(loss, "none", sample_weight)
+        return loss.unflatten(0, (images, views)) if embeddings.dim() == 3 else loss
+    if reduction == "sum":
+        return _losses.reduce(loss, "sum", sample_weight)
+    weight = has.to(loss.dtype) if sample_weight is None else has * sample_weight.to(loss.dtype)
+    return (loss * weight).sum() / torch.where(weight.sum() == 0, 1, weight.sum())
+
+
+class SupConLoss(nn.Module):
+    """Supervised contrastive loss as a module, without the similarity matrix; a drop-in for
+    pytorch_metric_learning.losses.SupConLoss (its default reducer) and, with (N, V, D), for SupContrast's.
+
+    Equivalent to: pytorch_metric_learning.losses.SupConLoss(temperature)(embeddings, labels).
+
+    Args:
+        temperature: a float above 0, or a tensor of one element; an nn.Parameter is learned with the model.
+        options: keyword arguments of `ssl_fast.functional.sup_con`.
+
+    Shape:
+        embeddings (M, D) with labels (M,), or (N, V, D) with labels (N,) or None.
+
+    Example:
+        >>> loss = SupConLoss(temperature=0.1)(embeddings, labels)
+    """
+
+    def __init__(self, temperature: float | Tensor = 0.1, **options: Any) -> None:
+        super().__init__()
+        if not isinstance(temperature, Tensor):
+            _losses.check_temperature(temperature, torch.empty(()))
+        self.temperature = temperature
+        self.options = options
+
+    def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+        return sup_con(embeddings, labels, self.temperature, **self.options)
+
+    def extra_repr(self) -> str:
+        t = self.temperature
+        return f"temperature={'learned' if isinstance(t, nn.Parameter) else t}"

@@ -1,0 +1,511 @@
+"""info_nce, clip and sup_con against autograd of dense fp64 expressions, on every backend that runs here."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from common import DEVICE, FLOOR, assert_close, backends
+from torch import Tensor
+from torch.library import opcheck
+from torch.nn import functional as F
+
+import ssl_fast
+from ssl_fast import CLIPLoss, InfoNCE, SupConLoss
+from ssl_fast.functional import clip, info_nce, sup_con
+from ssl_fast.ops import info_nce as home
+
+BACKENDS = backends(home.info_nce_fwd, torch.float32)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SIZES = ((1, 1, 3), (2, 3, 1), (3, 65, 64), (63, 1, 123), (65, 257, 130), (257, 64, 768), (193, 1000, 128))  # N, K, D
+TEMPERATURES = (0.005, 0.07, 0.01, 0.5, 0.1, 10.0)
+
+
+# ---- oracles: what anyone would write in PyTorch, but the positive kept apart: softmax - 1 loses confident pairs
+
+
+def from_logits(pos: Tensor, negatives: Tensor) -> Tensor:
+    """Losses (N,) from logits of the positives (N,) and of the negatives (N, K), -inf where left out."""
+    if (negatives == -torch.inf).all(1).any():  # a row without negatives, whose log-sum-exp has no gradient
+        return torch.logsumexp(torch.cat([pos[:, None], negatives], 1), 1) - pos
+    d = torch.logsumexp(negatives, 1) - pos
+    return torch.logaddexp(d, torch.zeros_like(d))
+
+
+def unit(x: Tensor, normalize: bool = True) -> Tensor:
+    return F.normalize(x, dim=-1) if normalize else x
+
+
+def dense_info_nce(q, k, negatives, t, *, paired=None, in_batch=False, normalize=True, ids=None, key_ids=None):
+    """logits of the positive (N,) and of all negatives (N, K)."""
+    q, k = unit(q, normalize), unit(k, normalize)
+    parts = []
+    if in_batch:
+        out = torch.eye(len(q), dtype=torch.bool, device=q.device)
+        if ids is not None:
+            out = out | (ids[:, None] == ids)
+        parts.append((q @ k.T / t).masked_fill(out, -torch.inf))
+    if negatives is not None:
+        s = q @ unit(negatives, normalize).T / t
+        parts.append(s if ids is None else s.masked_fill(ids[:, None] == key_ids, -torch.inf))
+    if paired is not None:
+        parts.append((q[:, None] * unit(paired, normalize)).sum(-1) / t)
+    return (q * k).sum(1) / t, torch.cat(parts, 1)
+
+
+def dense_clip(image, text, t, ids=None):
+    s = image @ text.T / t
+    pos = s.diagonal()
+    out = torch.eye(len(s), dtype=torch.bool, device=s.device)
+    if ids is not None:
+        out = out | (ids[:, None] == ids)
+    s = s.masked_fill(out, -torch.inf)
+    return (from_logits(pos, s) + from_logits(pos, s.T)) / 2
+
+
+def dense_sup_con(z, labels, t, normalize=True):
+    z = unit(z, normalize)
+    eye = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = (z @ z.T / t).masked_fill(eye, -torch.inf)
+    alike = (labels[:, None] == labels) & ~eye
+    count = alike.sum(1)
+    positives = torch.where(alike, logits, 0).sum(1) / count.clamp(min=1)
+    if len(z) == 1:
+        return positives
+    return torch.where(count > 0, torch.logsumexp(logits, 1) - positives, 0)
+
+
+# ---- the rule
+
+
+def run(fn: Callable[..., Tensor], inputs: list[Tensor], g: Tensor) -> list[Tensor]:
+    """The losses and the gradients of (g . losses) for every input that has one."""
+    inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+    loss = fn(*inputs)
+    wanted = [x for x in inputs if x.requires_grad]
+    return [loss.detach(), *torch.autograd.grad((loss * g.to(loss.dtype)).sum(), wanted)]
+
+
+def check(
+    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], inputs: list[Tensor], backend: str, t: float
+) -> None:
+    """`inputs` end with the temperature. Error against fp64 at most twice that of plain PyTorch, plus the floor."""
+    dtype = inputs[0].dtype
+    generator = torch.Generator().manual_seed(1)
+    N = len(inputs[0])
+    g = (torch.rand(N, generator=generator, dtype=torch.float64) / N).to(DEVICE)
+
+    def forced(*x: Tensor) -> Tensor:
+        with ssl_fast.backend(backend):
+            return ours(*x)
+
+    value = run(forced, inputs, g)
+    truth = run(theirs, [x.double().requires_grad_(x.requires_grad) for x in inputs], g)
+    plain = run(theirs, [x.to(dtype).requires_grad_(x.requires_grad) for x in inputs], g)
+    terms = g.abs().max() / t
+    for k, (a, b, c) in enumerate(zip(value, truth, plain, strict=True)):
+        name = f"{'loss' if k == 0 else f'gradient {k}'} of {backend}"
+        if k and b.dim() == 0:  # the temperature's: a sum of terms of both signs, each up to g / t^2
+            off, reference = (a.double() - b).abs(), (c.double() - b).abs()
+            assert off <= 2 * reference + FLOOR[dtype] * g.abs().sum() / t**2, (name, off, reference)
+        elif b.abs().max() < 1e-12:
+            assert a.abs().max() <= FLOOR[dtype] * terms + 2 * c.abs().max(), name
+        else:
+            assert_close(name, a, b, c, dtype)
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(s, generator=generator, dtype=torch.float64) * scale).to(DEVICE, dtype).requires_grad_()
+        for s in shapes
+    ]
+
+
+def temperature(t: float, dtype: torch.dtype) -> Tensor:
+    low = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.tensor(t, dtype=low, device=DEVICE, requires_grad=True)
+
+
+def cases() -> list[Any]:
+    found = []
+    for backend in BACKENDS:
+        for i, (N, K, D) in enumerate(SIZES):
+            for k in range(4):
+                dtype, t = DTYPES[(i + k) % 4], TEMPERATURES[(2 * i + 3 * k) % 6]
+                slow = backend == "triton" and DEVICE == "cpu"  # interpreted: some of the small ones
+                if home.info_nce_fwd.reason(backend, DEVICE, dtype) or (slow and (N * K > 4200 or k > 1)):
+                    continue
+                name = f"{backend}-N{N}-K{K}-D{D}-t{t}-{str(dtype)[6:]}"
+                found.append(pytest.param(backend, N, K, D, t, dtype, id=name))
+    return found
+
+
+@pytest.mark.parametrize("keys", ("queue", "learned", "in_batch"))
+@pytest.mark.parametrize(("backend", "N", "K", "D", "t", "dtype"), cases())
+def test_info_nce_against_fp64(backend, N, K, D, t, dtype, keys):
+    q, k, negatives = tensors((N, D), (N, D), (K, D), dtype=dtype, seed=N)
+    k = (q + k).detach().requires_grad_()
+    normalize = (N + K) % 3 != 0
+    if not normalize:  # logits of order 1 to 10
+        q, k, negatives = ((x * (3 * t) ** 0.5 / D**0.25).detach().requires_grad_() for x in (q, k, negatives))
+    if keys == "in_batch":
+        check(
+            lambda q, k, t: info_nce(q, k, None, t, normalize=normalize, reduction="none"),
+            lambda q, k, t: from_logits(*dense_info_nce(q, k, None, t, in_batch=True, normalize=normalize)),
+            [q, k, temperature(t, dtype)], backend, t,
+        )  # fmt: skip
+        return
+    if keys == "queue":
+        negatives = negatives.detach()
+    check(
+        lambda q, k, n, t: info_nce(q, k, n, t, normalize=normalize, reduction="none"),
+        lambda q, k, n, t: from_logits(*dense_info_nce(q, k, n, t, normalize=normalize)),
+        [q, k, negatives, temperature(t, dtype)], backend, t,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_all_kinds_of_negatives_at_once_with_groups(backend, dtype):
+    N, K, M, D = 35, 70, 5, 24
+    q, k, negatives, paired = tensors((N, D), (N, D), (K, D), (N, M, D), dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 9, (N,), generator=generator).to(DEVICE) * 2**40
+    key_ids = torch.randint(0, 9, (K,), generator=generator).to(DEVICE) * 2**40
+    for learned in (True, False):
+        n = negatives.detach().requires_grad_(learned)
+        check(
+            lambda q, k, n, p, t: info_nce(
+                q, k, n, t, paired_negative_keys=p, in_batch=True, group_ids=ids, negative_group_ids=key_ids,
+                reduction="none",
+            ),
+            lambda q, k, n, p, t: from_logits(
+                *dense_info_nce(q, k, n, t, paired=p, in_batch=True, ids=ids, key_ids=key_ids)
+            ),
+            [q, k, n, paired, temperature(0.1, dtype)], backend, 0.1,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backend", "N", "K", "D", "t", "dtype"), [c for c in cases() if c.values[1] * c.values[3] < 50000]
+)
+def test_clip_against_fp64(backend, N, K, D, t, dtype):
+    image, text = tensors((N, D), (N, D), dtype=dtype, seed=N)
+    image, text = (F.normalize(x.detach().float()).to(dtype).requires_grad_() for x in (image, image + text))
+    check(
+        lambda a, b, t: clip(a, b, 1 / t, reduction="none"),
+        dense_clip,
+        [image, text, temperature(t, dtype)],
+        backend,
+        t,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clip_with_groups(backend):
+    image, text = tensors((70, 16), (70, 16), dtype=torch.float32)
+    ids = torch.arange(70, device=DEVICE) // 3
+    check(
+        lambda a, b, t: clip(a, b, 1 / t, reduction="none", normalize=True, group_ids=ids),
+        lambda a, b, t: dense_clip(unit(a), unit(b), t, ids),
+        [image, text, temperature(0.2, torch.float32)], backend, 0.2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("classes", (1, 3, 40))
+@pytest.mark.parametrize(
+    ("backend", "N", "K", "D", "t", "dtype"), [c for c in cases() if c.values[1] * c.values[3] < 50000]
+)
+def test_sup_con_against_fp64(backend, N, K, D, t, dtype, classes):
+    (z,) = tensors((N, D), dtype=dtype, seed=N)
+    labels = torch.randint(0, classes, (N,), generator=torch.Generator().manual_seed(N)).to(DEVICE) - 2**40
+    check(
+        lambda z, t: sup_con(z, labels, t, reduction="none"),
+        lambda z, t: dense_sup_con(z, labels, t),
+        [z, temperature(t, dtype)], backend, t,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_confident_classes_keep_their_gradient(backend, dtype):
+    """Classes far apart, each in a cone: P and the positives' share nearly cancel, so they must meet unrounded."""
+    centres, noise = tensors((4, 48), (64, 48), dtype=torch.float64)
+    labels = torch.arange(64, device=DEVICE) % 4
+    z = (F.normalize(centres)[labels] + 0.01 * noise).detach().to(dtype).requires_grad_()
+    check(
+        lambda z, t: sup_con(z, labels, t, reduction="none"),
+        lambda z, t: dense_sup_con(z, labels, t),
+        [z, temperature(0.07, dtype)], backend, 0.07,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("t", (0.01, 0.07))
+def test_hard_rows(backend, t):
+    """Duplicates, a narrow cone, a zero row, strided views."""
+    q, k, n, cone = tensors((40, 33), (40, 33), (90, 33), (1, 33), dtype=torch.float32)
+    q, k, n = ((cone * 30 + x).detach() for x in (q, k, n))
+    q[3] = 0
+    n[5] = 0
+    n[7:9] = k[2]
+    k[11] = q[11]
+    for learned in (False, True):
+        inputs = [q.requires_grad_(), k.requires_grad_(), n.requires_grad_(learned), temperature(t, torch.float32)]
+        check(
+            lambda q, k, n, t: info_nce(q, k, n, t, reduction="none"),
+            lambda q, k, n, t: from_logits(*dense_info_nce(q, k, n, t)),
+            inputs, backend, t,
+        )  # fmt: skip
+        whole = info_nce(*(x.detach() for x in inputs[:3]), t)
+        with ssl_fast.backend(backend):
+            strided = info_nce(*(x.detach().T.contiguous().T for x in inputs[:3]), t)
+        torch.testing.assert_close(strided, whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_logits(backend):
+    """Unnormalised rows with logits in the thousands: finite, and as exact as softmax."""
+    q, k, n = (x.detach().requires_grad_() for x in tensors((20, 64), (20, 64), (50, 64), dtype=torch.float32, scale=8))
+    for negatives in (n, n.detach()):
+        check(
+            lambda q, k, n, t: info_nce(q, k, n, t, normalize=False, reduction="none"),
+            lambda q, k, n, t: from_logits(*dense_info_nce(q, k, n, t, normalize=False)),
+            [q, k, negatives, temperature(0.1, torch.float32)], backend, 0.1,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_where_it_belongs_and_bad_temperatures_give_nan(backend):
+    q, k, n = (x.detach() for x in tensors((5, 8), (5, 8), (9, 8), dtype=torch.float32))
+    with ssl_fast.backend(backend):
+        for t in (float("nan"), 0.0, -1.0):
+            t = torch.tensor(t, device=DEVICE)
+            assert info_nce(q, k, n, t).isnan()
+            assert info_nce(q.requires_grad_(), k, n, t).isnan()
+            assert sup_con(q, torch.zeros(5, dtype=torch.long, device=DEVICE), t).isnan()
+        q = q.detach().clone()
+        q[2] = float("nan")
+        assert torch.equal(info_nce(q, k, n, reduction="none").isnan().cpu(), torch.arange(5) == 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_are_equal_to_the_bit(backend):
+    N, K, D = (40, 70, 20) if backend == "triton" and DEVICE == "cpu" else (257, 900, 64)
+    q, k, n = tensors((N, D), (N, D), (K, D), dtype=torch.float32)
+    labels = torch.arange(N, device=DEVICE) % 7
+    steps: list[Callable[[], Tensor]] = [
+        lambda: info_nce(q, k, n.detach()),
+        lambda: info_nce(q, k, n),
+        lambda: clip(q, k, 10.0, normalize=True),
+        lambda: sup_con(q, labels),
+    ]
+    with ssl_fast.backend(backend):
+        for step in steps:
+            first, second = (torch.autograd.grad(step(), q)[0] for _ in range(2))
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck_and_opcheck(backend):
+    dtype = torch.float64 if home.info_nce_fwd.reason(backend, DEVICE, torch.float64) is None else torch.float32
+    q, k, n = tensors((6, 5), (6, 5), (11, 5), dtype=dtype)
+    t = temperature(0.3, dtype)
+    labels = torch.tensor([0, 1, 0, 1, 2, 0], device=DEVICE)
+    if dtype == torch.float64:
+        with ssl_fast.backend(backend):
+            assert torch.autograd.gradcheck(lambda *x: info_nce(*x, in_batch=True), (q, k, n, t))
+            assert torch.autograd.gradcheck(lambda q, k, t: info_nce(q, k, n.detach(), t), (q, k, t))
+            assert torch.autograd.gradcheck(lambda q, k, t: clip(q, k, t, normalize=True), (q, k, t))
+            assert torch.autograd.gradcheck(lambda z, t: sup_con(z, labels, t), (q, t))
+    q, k, n, t = (x.detach() for x in (q, k, n, t))
+    ids, key_ids = labels, torch.arange(11, device=DEVICE) % 4
+    named, kwargs = torch.ops.ssl_fast, {"backend": backend}
+    g, h = torch.rand(6, device=DEVICE, dtype=dtype), torch.rand(11, device=DEVICE, dtype=dtype)
+    for columns in (True, False):
+        args = (q, n, t, ids, key_ids, 0, True)
+        stats = home.info_nce_fwd(*args, columns, backend=backend)
+        opcheck(named.info_nce_fwd.default, (*args, columns), kwargs)
+        back = (g, h if columns else None, q, n, t, *stats, ids, key_ids, 0, True)
+        opcheck(named.info_nce_bwd.default, back, kwargs)
+    opcheck(named.info_nce_one_pass.default, (q, n, t, None, None, None, True), kwargs)
+    stats = home.sup_con_fwd(q, labels, t, True, backend=backend)
+    opcheck(named.sup_con_fwd.default, (q, labels, t, True), kwargs)
+    opcheck(named.sup_con_bwd.default, (g, g, q, labels, t, stats, True), kwargs)
+
+
+def test_compiled_in_one_graph_with_a_dynamic_batch():
+    def losses(q, k, n, labels, t):
+        return (
+            info_nce(q, k, n, t) + info_nce(q, k, None, t) + clip(q, k, 1 / t, normalize=True) + sup_con(q, labels, t)
+        )
+
+    compiled = torch.compile(losses, fullgraph=True, dynamic=True)
+    for N in (6, 9, 17):
+        q, k, n = tensors((N, 8), (N, 8), (3 * N, 8), dtype=torch.float32)
+        labels = torch.arange(N, device=DEVICE) % 3
+        for keys in (n, n.detach()):
+            t = temperature(0.3, torch.float32)
+            expected = torch.autograd.grad(losses(q, k, keys, labels, t), (q, k, t))
+            actual = torch.autograd.grad(compiled(q, k, keys, labels, t), (q, k, t))
+            torch.testing.assert_close(actual, expected)
+
+
+# ---- options
+
+
+def test_options_against_their_formulas():
+    N, K, D, t = 9, 14, 6, 0.2
+    q, k, n = tensors((N, D), (N, D), (K, D), dtype=torch.float64)
+    pos, negatives = dense_info_nce(q, k, n, t)
+    logits = torch.cat([pos[:, None], negatives], 1)
+    target = torch.zeros(N, dtype=torch.long, device=DEVICE)
+    weight = torch.rand(N, dtype=torch.float64, device=DEVICE)
+    keys = {"temperature": t, "reduction": "none"}
+    plain = F.cross_entropy(logits, target, reduction="none")
+    same = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)  # noqa: E731
+    same(info_nce(q, k, n, **keys), plain)
+    smooth = F.cross_entropy(logits, target, reduction="none", label_smoothing=0.1)
+    same(info_nce(q, k, n, label_smoothing=0.1, **keys), smooth)
+    in_batch, others = dense_info_nce(q, k, None, t, in_batch=True)
+    batch_logits = torch.cat([in_batch[:, None], others[others > -torch.inf].view(N, N - 1)], 1)
+    smooth = F.cross_entropy(batch_logits, target, reduction="none", label_smoothing=0.3)
+    same(info_nce(q, k, label_smoothing=0.3, **keys), smooth)
+    same(info_nce(q, k, n, decoupled=True, **keys), torch.logsumexp(negatives, 1) - pos)
+    same(info_nce(q, k, n, t, sample_weight=weight), (plain * weight).sum() / weight.sum())
+    same(info_nce(q, k, n, t, reduction="sum", sample_weight=weight), (plain * weight).sum())
+    same(info_nce(q, k, n, t), plain.mean())
+    same(info_nce(q, k, n, t, return_lse=True)[1], torch.logsumexp(logits, 1))
+    tau = 0.05
+    Ng = (negatives.exp().sum(1) - K * tau * pos.exp()) / (1 - tau)
+    Ng = Ng.clamp(min=K * torch.e ** (-1 / t))
+    debiased = -(pos.exp() / (pos.exp() + Ng)).log()
+    same(info_nce(q, k, n, tau_plus=tau, **keys), debiased)
+    truth = torch.autograd.grad(debiased.sum(), q, retain_graph=True)[0]
+    same(torch.autograd.grad(info_nce(q, k, n, t, tau_plus=tau, reduction="sum"), q)[0], truth)
+    ids, key_ids = torch.arange(N, device=DEVICE) % 4, torch.arange(K, device=DEVICE) % 5
+    left = (ids[:, None] != key_ids).sum(1).double()
+    masked = negatives.masked_fill(ids[:, None] == key_ids, -torch.inf)
+    Ng = ((masked.exp().sum(1) - left * tau * pos.exp()) / (1 - tau)).clamp(min=0)
+    Ng = torch.maximum(Ng, left * torch.e ** (-1 / t))
+    same(
+        info_nce(q, k, n, tau_plus=tau, group_ids=ids, negative_group_ids=key_ids, **keys),
+        -(pos.exp() / (pos.exp() + Ng)).log(),
+    )
+
+
+def test_debiased_rows_at_the_floor_have_finite_gradients():
+    q = torch.eye(4, 8, device=DEVICE).requires_grad_()
+    negatives = -torch.eye(4, 8, device=DEVICE)
+    loss = info_nce(q, q.detach(), negatives, 0.01, tau_plus=0.5)
+    assert torch.autograd.grad(loss, q)[0].isfinite().all()
+
+
+def test_clip_module_takes_open_clips_arguments():
+    image, text = (F.normalize(x.detach()) for x in tensors((12, 16), (12, 16), dtype=torch.float32))
+    scale, bias = torch.tensor(14.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
+    criterion = CLIPLoss(local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1)
+    out = criterion(image.to(DEVICE), text.to(DEVICE), scale, bias, output_dict=True)
+    logits, labels = scale * image @ text.T, torch.arange(12, device=DEVICE)
+    expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    torch.testing.assert_close(out["contrastive_loss"], expected)
+    grads = torch.autograd.grad(out["contrastive_loss"], (scale, bias))
+    torch.testing.assert_close(grads[0], torch.autograd.grad(expected, scale)[0])
+    assert grads[1] == 0
+    smooth = (
+        F.cross_entropy(logits, labels, label_smoothing=0.2) + F.cross_entropy(logits.T, labels, label_smoothing=0.2)
+    ) / 2
+    torch.testing.assert_close(clip(image, text, scale, label_smoothing=0.2), smooth)
+
+
+def test_sup_con_of_views_and_of_rows_without_positives():
+    (z,) = tensors((6, 3, 10), dtype=torch.float64)
+    flat = z.flatten(0, 1)
+    instance = torch.arange(6, device=DEVICE).repeat_interleave(3)
+    torch.testing.assert_close(sup_con(z, temperature=0.2), dense_sup_con(flat, instance, 0.2).mean())
+    labels = torch.tensor([0, 1, 0, 2, 3, 2], device=DEVICE)
+    torch.testing.assert_close(SupConLoss(0.2)(z, labels), dense_sup_con(flat, labels.repeat_interleave(3), 0.2).mean())
+    rows = dense_sup_con(z[:, 0], labels, 0.2)
+    torch.testing.assert_close(sup_con(z[:, 0], labels, 0.2), rows[rows > 0].mean())
+    alone = sup_con(z[:, 0], torch.arange(6, device=DEVICE), 0.2)
+    assert alone == 0 and torch.autograd.grad(alone, z)[0].abs().max() == 0
+    weight = torch.rand(6, dtype=torch.float64, device=DEVICE)
+    has = rows > 0
+    expected = (rows * weight)[has].sum() / weight[has].sum()
+    torch.testing.assert_close(sup_con(z[:, 0], labels, 0.2, sample_weight=weight), expected)
+
+
+def test_a_queue_may_be_written_over_before_backward():
+    q, k, n = tensors((8, 12), (8, 12), (40, 12), dtype=torch.float32)
+    queue = n.detach().clone()
+    expected = torch.autograd.grad(info_nce(q, k.detach(), queue), q)[0]
+    loss = info_nce(q, k.detach(), queue)
+    queue.zero_()
+    assert torch.equal(torch.autograd.grad(loss, q)[0], expected)
+
+
+def test_nothing_of_the_queue_is_kept():
+    q, k, n = tensors((8, 12), (8, 12), (40, 12), dtype=torch.float32)
+    queue = n.detach().clone()
+    seen = weakref.ref(queue)
+    loss = info_nce(q, k.detach(), queue)
+    del queue
+    gc.collect()
+    assert seen() is None
+    loss.backward()
+
+
+def test_modules_print_and_pass_their_options_on():
+    q, k, n = tensors((8, 12), (8, 12), (40, 12), dtype=torch.float32)
+    assert "temperature=0.07" in repr(InfoNCE(0.07)) and "learned" in repr(
+        SupConLoss(torch.nn.Parameter(torch.ones(())))
+    )
+    torch.testing.assert_close(InfoNCE(0.07, in_batch=True)(q, k, n), info_nce(q, k, n, 0.07, in_batch=True))
+    paired = n.view(8, 5, 12)
+    torch.testing.assert_close(
+        InfoNCE(0.07, negative_mode="paired")(q, k, paired), info_nce(q, k, None, 0.07, paired_negative_keys=paired)
+    )
+
+
+def test_autocast_casts_as_for_a_matrix_product():
+    q, k, n = tensors((8, 12), (8, 12), (40, 12), dtype=torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = info_nce(q, k, n)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, info_nce(*(x.bfloat16() for x in (q, k, n))))
+
+
+Q = torch.ones(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: info_nce(Q, Q[:2]), r"positive_key: got shape \(2, 3\), allowed: the shape of query, \(4, 3\)"),
+        (lambda: info_nce(Q, Q, Q[:, :2]), r"negative_keys: got shape \(4, 2\), allowed: \(K, 3\)"),
+        (lambda: info_nce(Q, Q, Q[:0]), r"negative_keys: got shape \(0, 3\), allowed: \(K, 3\)"),
+        (lambda: info_nce(Q, Q, paired_negative_keys=Q), r"paired_negative_keys: got shape \(4, 3\), allowed: \(N, M"),
+        (lambda: info_nce(Q, Q, in_batch=False), "negative_keys: got None with in_batch=False"),
+        (lambda: info_nce(Q, Q, temperature=0.0), "temperature: got 0.0, allowed: a float above 0"),
+        (lambda: info_nce(Q, Q, tau_plus=1.0), "tau_plus: got 1.0, allowed: at least 0 and below 1"),
+        (lambda: info_nce(Q, Q, label_smoothing=-0.1), "label_smoothing: got -0.1, allowed: 0 to 1"),
+        (lambda: info_nce(Q, Q, group_ids=torch.ones(4)), r"group_ids: got torch.float32 \(4,\), allowed"),
+        (lambda: info_nce(Q, Q, sample_weight=torch.ones(3)), r"sample_weight: got torch.float32 \(3,\)"),
+        (lambda: info_nce(Q, Q, Q, group_ids=torch.ones(4).long()), "negative_group_ids: got None"),
+        (lambda: info_nce(Q.long(), Q), "query: got torch.int64, allowed: float16"),
+        (lambda: InfoNCE(negative_mode="pared"), "negative_mode: got 'pared', allowed: 'unpaired', 'paired'"),
+        (lambda: clip(Q, Q, -1.0), "logit_scale: got -1.0, allowed: a float above 0"),
+        (lambda: CLIPLoss(world_size=2), "world_size: got 2, allowed: 1"),
+        (lambda: sup_con(Q), r"labels: got None with embeddings \(M, D\)"),
+        (lambda: sup_con(Q, torch.ones(3).long()), r"labels: got torch.int64 \(3,\)"),
+        (lambda: sup_con(Q[0], torch.ones(3).long()), r"embeddings: got shape \(3,\), allowed: \(N, D\)"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
