@@ -10,9 +10,11 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <new>
 
@@ -78,8 +80,13 @@ inline Capability detect_capability() {
 inline Capability detect_capability() { return Capability::kPortable; }
 #endif
 
+inline Capability detected_capability() {
+  static const Capability capability = detect_capability();  // asking costs 10 us in a virtual machine
+  return capability;
+}
+
 inline Capability choose_capability() {
-  const Capability detected = detect_capability();
+  const Capability detected = detected_capability();
   const char* name = std::getenv("SSL_FAST_CPU_CAPABILITY");
   if (name == nullptr || *name == '\0') return detected;
   if (std::strcmp(name, "amx_emulated") == 0) return Capability::kEmulatedAMX;
@@ -141,18 +148,59 @@ class Buffer {
   T* data_;
 };
 
-// Work space of the calling thread, at least `bytes`, until it asks again. Kept from call to call: allocating it afresh
-// costs a tiny op as much as its arithmetic.
-inline void* thread_scratch(int64_t bytes) {
-  thread_local std::unique_ptr<Buffer<char>> scratch;
-  thread_local int64_t size = 0;
-  if (bytes > size) {
-    scratch.reset();
-    scratch = std::make_unique<Buffer<char>>(bytes);
-    size = bytes;
+// Work space of the calling thread, one at a time. A small one is kept from call to call: allocating it afresh costs a
+// tiny op as much as its arithmetic. A large one is given back.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    if (bytes > kKept) {
+      own_ = std::make_unique<Buffer<char>>(bytes);
+      return;
+    }
+    Kept& kept = kept_();
+    if (bytes > kept.bytes) {
+      kept.bytes = 0;  // should the allocation fail, nothing is kept
+      kept.buffer.reset();
+      kept.buffer = std::make_unique<Buffer<char>>(bytes);
+      kept.bytes = bytes;
+    }
   }
-  return scratch->get();
-}
+  void* get() const { return own_ ? own_->get() : kept_().buffer->get(); }
+
+ private:
+  static constexpr int64_t kKept = int64_t{8} << 20;
+  struct Kept {
+    std::unique_ptr<Buffer<char>> buffer;
+    int64_t bytes = 0;
+  };
+  static Kept& kept_() {
+    thread_local Kept kept;
+    return kept;
+  }
+
+  std::unique_ptr<Buffer<char>> own_;
+};
+
+// The first exception among the threads of a parallel loop, for the others to see and for the caller to get.
+class Failure {
+ public:
+  template <class F>
+  void guard(const F& f) {
+    try {
+      f();
+    } catch (...) {
+      if (!failed_.exchange(true)) exception_ = std::current_exception();
+    }
+  }
+  explicit operator bool() const { return failed_.load(std::memory_order_relaxed); }
+  void rethrow() const {
+    if (exception_) std::rethrow_exception(exception_);
+  }
+
+ private:
+  std::atomic<bool> failed_{false};
+  std::exception_ptr exception_;
+};
 
 // Calls f with a value of the C++ type of a floating-point dtype.
 template <class F>

@@ -1,4 +1,4 @@
-// The products of NT-Xent in fp32 (an engine of nt_xent_kernel.h). No include guard: see simd.h.
+// The products of contrastive losses in fp32 (an engine of contrast_kernel.h). No include guard: see simd.h.
 //
 // One register tile serves all three: kRows x (kVectors kLanes) accumulators, numbers of A broadcast from memory
 // against vectors of B. Operands need no packing: strides say whether A is read along its rows or down its columns.
@@ -23,10 +23,13 @@ SSL_FAST_INLINE void multiply(V (&acc)[kRows][kVectorsUsed], int64_t depth, cons
 // S = A B over `depth`, as register tiles: finish(s, i, j) for rows i .. i + kRows, columns j .. j + kCols of the tile.
 // A deep product goes in chunks whose panel of B stays in L1, with the sums so far in `partial` (kBlock, kStride).
 constexpr int64_t kDepth = 256;
-template <class Finish>
-SSL_FAST_INLINE void for_each_register_tile(int rows, int cols, int64_t depth, const float* a, int64_t a_row,
-                                            int64_t a_depth, const float* b, float* partial, const Finish& finish) {
-  for (int64_t k = 0; k < depth; k += kDepth)
+template <class Operands, class Finish>
+SSL_FAST_INLINE void for_each_register_tile(int rows, int cols, int64_t depth, const Operands& operands, float* partial,
+                                            const Finish& finish) {
+  const float* const a = operands.left;
+  const int64_t a_row = operands.row, a_depth = operands.depth_step;
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const float* const b = operands.right(k, std::min(kDepth, depth - k));
     for (int j = 0; j < cols; j += kCols)
       for (int i = 0; i < rows; i += kRows) {
         float* sums = partial + i * kStride + j;
@@ -34,14 +37,14 @@ SSL_FAST_INLINE void for_each_register_tile(int rows, int cols, int64_t depth, c
         for_each_vector([&](int r, int v) SSL_FAST_LAMBDA {
           s[r][v] = k == 0 ? V{} : load(sums + r * kStride + v * kLanes);
         });
-        multiply(s, std::min(kDepth, depth - k), a + i * a_row + k * a_depth, a_row, a_depth, b + k * kStride + j,
-                 kStride);
+        multiply(s, std::min(kDepth, depth - k), a + i * a_row + k * a_depth, a_row, a_depth, b + j, kStride);
         if (k + kDepth >= depth) {
           finish(s, i, j);
           continue;
         }
         for_each_vector([&](int r, int v) SSL_FAST_LAMBDA { store(sums + r * kStride + v * kLanes, s[r][v]); });
       }
+  }
 }
 
 // Adds a register tile to out, or stores it there; only rows x cols of it exist.
@@ -90,40 +93,56 @@ SSL_FAST_INLINE void product(const Product& p, int64_t dims) {
   if (d < dims) product_columns<1>(p, d, dims - d);
 }
 
-// The operands of S. The forward has blocks transposed, each fit to be either one. The backward has rows, for its other
-// products, and transposes block J on the fly: under 1% of its time, for half the memory.
-struct Logits {
-  const float* left;
-  int64_t row, depth_step;
-  const float* right;  // (depth, kStride)
+// The operands of S. The forward has blocks transposed, each fit to be either one. The tiles that multiply by z have its
+// rows, and transpose block J on the fly: under 1% of their time.
+struct TransposedOperands {
+  const float *left, *transposed;
+  int64_t row = 1, depth_step = kStride;
 
-  explicit Logits(const ForwardTile& t)
+  explicit TransposedOperands(const Tile& t)
+      : left(static_cast<const float*>(t.left_i)), transposed(static_cast<const float*>(t.right_j)) {}
+  SSL_FAST_INLINE const float* right(int64_t k, int64_t) const { return transposed + k * kStride; }
+};
+
+template <class ProductTile>
+struct RowOperands {
+  const float *left, *z_j;
+  int64_t row, depth_step = 1;
+  int padded_cols;
+  float* panel;  // (kDepth, kStride)
+
+  explicit RowOperands(const ProductTile& t)
       : left(static_cast<const float*>(t.left_i)),
-        row(1),
-        depth_step(kStride),
-        right(static_cast<const float*>(t.right_j)) {}
-  explicit Logits(const BackwardTile& t)
-      : left(static_cast<const float*>(t.left_i)),
+        z_j(static_cast<const float*>(t.product_j)),
         row(row_stride(t.depth)),
-        depth_step(1),
-        right(t.work + kBlock * kStride) {
-    transpose(static_cast<const float*>(t.product_j), row, round_up(t.cols, kRowMultiple), round_up(t.depth, 4),
-              t.work + kBlock * kStride, kStride);
+        padded_cols(round_up(t.cols, kRowMultiple)),
+        panel(t.work + kBlock * kStride) {}
+  SSL_FAST_INLINE const float* right(int64_t k, int64_t depth) const {
+    transpose(z_j + k, row, padded_cols, round_up(depth, 4), panel, kStride);
+    return panel;
   }
 };
 
-template <class Tile, class Finish>
-SSL_FAST_INLINE void for_each_register_tile(const Tile& t, const Finish& finish) {
-  const Logits s(t);
-  for_each_register_tile(t.rows, t.cols, t.depth, s.left, s.row, s.depth_step, s.right, t.work, finish);
+template <class Finish>
+SSL_FAST_INLINE void for_each_register_tile(const ForwardTile& t, const Finish& finish) {
+  for_each_register_tile(t.rows, t.cols, t.depth, TransposedOperands(t), t.work, finish);
+}
+template <class ProductTile, class Finish>
+SSL_FAST_INLINE void for_each_register_tile(const ProductTile& t, const Finish& finish) {
+  for_each_register_tile(t.rows, t.cols, t.depth, RowOperands<ProductTile>(t), t.work, finish);
 }
 
-inline int64_t backward_work(int64_t depth) { return (kBlock + round_up(depth, 4)) * kStride; }
+inline int64_t backward_work(int64_t) { return (kBlock + kDepth) * kStride; }
 
 // dz_I += W z_J and dz_J += W^T z_I, from W in t.work.
 inline void multiply_weights(const BackwardTile& t) {
   const float *z_i = static_cast<const float*>(t.product_i), *z_j = static_cast<const float*>(t.product_j);
   const int64_t ld = row_stride(t.depth);
-  product({t.work, kStride, 1, z_j, ld, t.cols, t.dz_i, t.ld_dz, t.rows, !t.same_block}, t.depth);
-  if (!t.same_block) product({t.work, 1, kStride, z_i, ld, t.rows, t.dz_j, t.ld_dz, t.cols, true}, t.depth);
+  product({t.work, kStride, 1, z_j, ld, t.cols, t.dz_i, t.ld_dz, t.rows, t.add_i}, t.depth);
+  if (t.dz_j != nullptr) product({t.work, 1, kStride, z_i, ld, t.rows, t.dz_j, t.ld_dz, t.cols, t.add_j}, t.depth);
+}
+
+inline void multiply_weights(const AttendTile& t) {
+  const float* z_j = static_cast<const float*>(t.product_j);
+  product({t.work, kStride, 1, z_j, row_stride(t.depth), t.cols, t.out, t.ld_out, t.rows, !t.first}, t.depth);
 }

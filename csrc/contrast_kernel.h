@@ -1,5 +1,5 @@
-// NT-Xent on one pair of row blocks: exponentials, sums and weights on register tiles of logits, in fp32. No include
-// guard: included once per instruction set, after simd.h and an engine (nt_xent_fp32.h, nt_xent_amx.h) that has
+// Contrastive losses on one pair of row blocks: exponentials, sums and weights on register tiles of logits, in fp32. No
+// include guard: included once per instruction set, after simd.h and an engine (contrast_fp32.h, contrast_amx.h) that has
 //   kRows, kVectors, kCols                      the register tile, kRows x (kVectors kLanes)
 //   for_each_register_tile(tile, finish)        S = z_I z_J^T, as finish(logits of a register tile, i, j)
 //   multiply_weights(tile)                      the products with W, which finish has left in tile.work
@@ -7,19 +7,23 @@
 //
 //   forward    S, 2^x and both sums                                      2 B^2 D flop for a tile of B x B
 //   backward   W from S, recomputed; dz_I += W z_J; dz_J += W^T z_I      6 B^2 D flop
+//   attend     S, 2^x, the sums of rows and out += 2^x z_J               4 B^2 D flop
 
 // Which elements of the tile's row i, columns j .. j + kLanes count.
 struct TileMask {
-  int rows, cols;
-  bool diagonal;
+  int rows, cols, diagonal;
+  const int32_t *ids_i, *ids_j;
+
+  explicit TileMask(const Tile& t) : rows(t.rows), cols(t.cols), diagonal(t.diagonal), ids_i(t.ids_i), ids_j(t.ids_j) {}
 
   SSL_FAST_INLINE bool touches(int i, int j) const {
-    return i + kRows > rows || j + kCols > cols || (diagonal && i < j + kCols && j < i + kRows);
+    const int left_out = i + diagonal;
+    return ids_i != nullptr || i + kRows > rows || j + kCols > cols || (left_out < j + kCols && j < left_out + kRows);
   }
   SSL_FAST_INLINE VInt at(int i, int j) const {
     const VInt column = lane_index() + j;
-    VInt counts = column < (i < rows ? cols : 0);
-    if (diagonal) counts &= column != i;
+    VInt counts = (column < (i < rows ? cols : 0)) & (column != i + diagonal);
+    if (ids_i != nullptr) counts &= load_int(ids_j + j) != ids_i[i];
     return counts;
   }
 };
@@ -77,7 +81,7 @@ inline void forward_fixed(const ForwardTile& t) {
   std::memset(row_moment, 0, sizeof(row_moment[0]) * padded_rows);
   std::memset(t.j->sum, 0, sizeof(float) * padded_cols);
   std::memset(t.j->moment, 0, sizeof(float) * padded_cols);
-  const TileMask mask{t.rows, t.cols, t.diagonal};
+  const TileMask mask(t);
   for_each_register_tile(t, [&](const V(&s)[kRows][kVectors], int i, int j) SSL_FAST_LAMBDA {
     if (mask.touches(i, j))
       add_exponentials<true>(s, i, j, t.scale, mask, row_sum, row_moment, *t.j);
@@ -90,8 +94,9 @@ inline void forward_fixed(const ForwardTile& t) {
 
 // S of a whole tile, masked elements at kMaskedLogit.
 constexpr float kMaskedLogit = -0x1p127f;
-inline void masked_logits(const ForwardTile& t) {
-  const TileMask mask{t.rows, t.cols, t.diagonal};
+template <class AnyTile>
+inline void masked_logits(const AnyTile& t) {
+  const TileMask mask(t);
   for_each_register_tile(t, [&](const V(&s)[kRows][kVectors], int i, int j) SSL_FAST_LAMBDA {
     const bool masked = mask.touches(i, j);
     for_each_vector([&](int r, int v) SSL_FAST_LAMBDA {
@@ -153,14 +158,18 @@ SSL_FAST_INLINE V weight(const V& s, const BackwardTile& t, int i, int j) {
   return p_ij * t.weight_i[i] + p_ji * load(t.weight_j + j);
 }
 
-template <bool kFixedShift>
+template <bool kFixedShift, bool kLabels>
 inline void weights(const BackwardTile& t) {
-  const TileMask mask{t.rows, t.cols, t.diagonal};
+  const TileMask mask(t);
   for_each_register_tile(t, [&](const V(&s)[kRows][kVectors], int i, int j) SSL_FAST_LAMBDA {
     const bool masked = mask.touches(i, j);
     for_each_vector([&](int r, int v) SSL_FAST_LAMBDA {
       const int column = j + v * kLanes;
       V w = weight<kFixedShift>(s[r][v], t, i + r, column);
+      if constexpr (kLabels) {
+        const V positive = load(t.positive_j + column) + t.positive_i[i + r];
+        w += keep(positive, load_int(t.labels_j + column) == t.labels_i[i + r]);
+      }
       if (masked) w = keep(w, mask.at(i + r, column));
       store(t.work + (i + r) * kStride + column, w);
     });
@@ -168,8 +177,80 @@ inline void weights(const BackwardTile& t) {
 }
 
 inline void backward(const BackwardTile& t, bool fixed_shift) {
-  fixed_shift ? weights<true>(t) : weights<false>(t);
+  if (t.labels_i != nullptr)
+    fixed_shift ? weights<true, true>(t) : weights<false, true>(t);
+  else
+    fixed_shift ? weights<true, false>(t) : weights<false, false>(t);
   multiply_weights(t);
 }
 
-constexpr Kernels kKernels{forward, backward, backward_work};
+// 2^x of a whole tile into t.work, and the sums of its rows added to t.i.
+inline void attend_fixed(const AttendTile& t) {
+  alignas(64) float row_sum[kBlock][kLanes], row_moment[kBlock][kLanes];
+  alignas(64) float sum[kBlock], moment[kBlock];
+  const int padded_rows = round_up(t.rows, kRows * 4);
+  std::memset(row_sum, 0, sizeof(row_sum[0]) * padded_rows);
+  std::memset(row_moment, 0, sizeof(row_moment[0]) * padded_rows);
+  const TileMask mask(t);
+  for_each_register_tile(t, [&](const V(&s)[kRows][kVectors], int i, int j) SSL_FAST_LAMBDA {
+    const bool masked = mask.touches(i, j);
+    SSL_FAST_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      V sums{}, moments{};
+      SSL_FAST_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        const int column = j + v * kLanes;
+        const V x = s[r][v] * t.scale - t.scale;
+        V e = exp2(x);
+        if (masked) e = keep(e, mask.at(i + r, column));
+        store(t.work + (i + r) * kStride + column, e);
+        sums += e;
+        moments += e * x;
+      }
+      store(row_sum[i + r], load(row_sum[i + r]) + sums);
+      store(row_moment[i + r], load(row_moment[i + r]) + moments);
+    }
+  });
+  reduce_lanes(row_sum, padded_rows, sum);
+  reduce_lanes(row_moment, padded_rows, moment);
+  for (int i = 0; i < t.rows; ++i) {
+    t.i->sum[i] += sum[i];
+    t.i->moment[i] += moment[i];
+  }
+}
+
+// The same relative to the largest logit so far; where that moves, what came before is scaled down.
+inline void attend_online(const AttendTile& t) {
+  masked_logits(t);
+  const int padded_cols = round_up(t.cols, kCols);
+  for (int i = 0; i < t.rows; ++i) {
+    float* const row = t.work + i * kStride;
+    V largest = load(row);
+    for (int j = kLanes; j < padded_cols; j += kLanes) largest = load(row + j) > largest ? load(row + j) : largest;
+    const float before = t.i->max[i], max = std::max(before, largest_lane(largest));
+    const float down = (before - max) * t.scale, kept = t.i->sum[i] > 0 ? std::exp2(down) : 0.0f;
+    V sum{}, moment{};
+    for (int j = 0; j < padded_cols; j += kLanes) {
+      const V logit = load(row + j), x = shifted_logit(logit, broadcast(max), t.scale);
+      const V e = keep(exp2(x), logit != kMaskedLogit);
+      store(row + j, e);
+      sum += e;
+      moment += e * x;
+    }
+    t.i->max[i] = max;
+    if (kept > 0)
+      t.i->moment[i] = kept * (t.i->moment[i] + down * t.i->sum[i]) + sum_lanes(moment);
+    else
+      t.i->moment[i] = sum_lanes(moment);
+    t.i->sum[i] = kept * t.i->sum[i] + sum_lanes(sum);
+    if (!t.first && max != before)
+      for (int64_t d = 0; d < t.ld_out; ++d) t.out[i * t.ld_out + d] *= kept;
+  }
+}
+
+inline void attend(const AttendTile& t, bool fixed_shift) {
+  fixed_shift ? attend_fixed(t) : attend_online(t);
+  multiply_weights(t);
+}
+
+constexpr Kernels kKernels{forward, backward, attend, backward_work};

@@ -1,11 +1,10 @@
-// The NT-Xent kernels, compiled once for each instruction set, and the choice between them.
-#pragma once
-
+// The kernels of contrastive losses, compiled once for each instruction set, and the choice between them.
 #include "amx_tiles.h"
-#include "nt_xent_tiles.h"
+#include "contrast_tiles.h"
 #include "transpose.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 // Vectors wider than the machine's own change how functions pass them; all of ours that do are inlined.
@@ -15,7 +14,7 @@
 // On loops over the accumulators of a register tile: unless those loops vanish early, the tile lives in memory.
 #define SSL_FAST_UNROLL _Pragma("GCC unroll 16")
 
-namespace ssl_fast::nt_xent {
+namespace ssl_fast::contrast {
 namespace {
 
 #define SSL_FAST_EXP_DEGREE 5
@@ -27,8 +26,8 @@ namespace {
 #endif
 namespace portable {
 #include "simd.h"
-#include "nt_xent_fp32.h"
-#include "nt_xent_kernel.h"
+#include "contrast_fp32.h"
+#include "contrast_kernel.h"
 }  // namespace portable
 #undef SSL_FAST_LANES
 #undef SSL_FAST_ROWS
@@ -39,8 +38,8 @@ namespace portable {
 SSL_FAST_TARGET_BEGIN("avx2,fma")
 namespace avx2 {
 #include "simd.h"
-#include "nt_xent_fp32.h"
-#include "nt_xent_kernel.h"
+#include "contrast_fp32.h"
+#include "contrast_kernel.h"
 }  // namespace avx2
 SSL_FAST_TARGET_END
 #undef SSL_FAST_LANES
@@ -51,8 +50,8 @@ SSL_FAST_TARGET_END
 SSL_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace avx512 {
 #include "simd.h"
-#include "nt_xent_fp32.h"
-#include "nt_xent_kernel.h"
+#include "contrast_fp32.h"
+#include "contrast_kernel.h"
 }  // namespace avx512
 SSL_FAST_TARGET_END
 #undef SSL_FAST_ROWS
@@ -68,8 +67,8 @@ SSL_FAST_TARGET_END
 SSL_FAST_TARGET_BEGIN("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace amx {
 #include "simd.h"
-#include "nt_xent_amx.h"
-#include "nt_xent_kernel.h"
+#include "contrast_amx.h"
+#include "contrast_kernel.h"
 }  // namespace amx
 SSL_FAST_TARGET_END
 #undef SSL_FAST_ROWS
@@ -80,19 +79,16 @@ SSL_FAST_TARGET_END
 #define SSL_FAST_ROWS 2
 namespace amx_emulated {
 #include "simd.h"
-#include "nt_xent_amx.h"
-#include "nt_xent_kernel.h"
+#include "contrast_amx.h"
+#include "contrast_kernel.h"
 }  // namespace amx_emulated
 #undef SSL_FAST_ROWS
 #undef SSL_FAST_TILES
 #undef SSL_FAST_LANES
 #undef SSL_FAST_EXP_DEGREE
 
-// The bf16 engine where z is bf16 and the machine has one; else fp32 arithmetic on widened rows.
-struct Engine {
-  const Kernels& kernels;
-  bool bf16;
-};
+}  // namespace
+
 Engine choose_engine(ScalarType dtype) {
   const bool bf16 = dtype == ScalarType::BFloat16;
   const Capability capability = cpu_capability();
@@ -101,12 +97,11 @@ Engine choose_engine(ScalarType dtype) {
   if (bf16 && capability == Capability::kAMX) return {amx::kKernels, true};
 #endif
 #if defined(__x86_64__)
-  const Capability detected = std::min(capability, detect_capability());
+  const Capability detected = std::min(capability, detected_capability());
   if (detected >= Capability::kAVX512) return {avx512::kKernels, false};
   if (detected >= Capability::kAVX2) return {avx2::kKernels, false};
 #endif
   return {portable::kKernels, false};
 }
 
-}  // namespace
-}  // namespace ssl_fast::nt_xent
+}  // namespace ssl_fast::contrast

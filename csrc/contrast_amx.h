@@ -1,4 +1,4 @@
-// The products of NT-Xent in bf16 on AMX tiles, sums in fp32 (an engine of nt_xent_kernel.h). Needs 16 lanes and
+// The products of contrastive losses in bf16 on AMX tiles, sums in fp32 (an engine of contrast_kernel.h). Needs 16 lanes and
 // SSL_FAST_TILES, a class with the four operations of AMXTiles. No include guard: see simd.h.
 //
 // A tile instruction multiplies 16 rows of 32 bf16 by 16 rows of 16 pairs; a pair holds two depths, which two is free
@@ -42,23 +42,29 @@ SSL_FAST_INLINE void transpose_lanes(VInt (&rows)[kLanes]) {
 SSL_FAST_INLINE void store_pairs(uint16_t* p, VInt pairs) { std::memcpy(p, &pairs, sizeof(pairs)); }
 
 // The bf16 copies of W that the products read, behind W itself in the work space.
-SSL_FAST_INLINE uint16_t* packed_weights(const BackwardTile& t) {
+SSL_FAST_INLINE uint16_t* packed_weights(const Tile& t) {
   return reinterpret_cast<uint16_t*>(t.work + kBlock * kStride);
 }
-SSL_FAST_INLINE uint16_t* packed_weights_transposed(const BackwardTile& t) {
-  return packed_weights(t) + kBlock * kWeightStride;
-}
+SSL_FAST_INLINE uint16_t* packed_weights_transposed(const Tile& t) { return packed_weights(t) + kBlock * kWeightStride; }
 inline int64_t backward_work(int64_t) { return kBlock * kStride + kBlock * kWeightStride; }
 
 SSL_FAST_INLINE void panel_done(const ForwardTile&, int) {}
+SSL_FAST_INLINE void panel_done(const AttendTile&, int) {}  // whose logits need a maximum before they are weights
 
-// Columns j .. j + 32 of W to bf16, as rows of W and as rows of W^T.
+// Columns j .. j + 32 of W to bf16, as rows of W.
+SSL_FAST_INLINE void panel_done(const Tile& t, int j) {
+  for (int i = 0; i < round_up(t.rows, kStep); ++i) {
+    const float* w = t.work + i * kStride + j;
+    store_pairs(packed_weights(t) + i * kWeightStride + j, pack_pairs(load(w), load(w + kLanes)));
+  }
+}
+
+// The same, and as rows of W^T.
 SSL_FAST_INLINE void panel_done(const BackwardTile& t, int j) {
+  panel_done(static_cast<const Tile&>(t), j);
+  if (t.dz_j == nullptr) return;
   for (int i = 0; i < round_up(t.rows, kStep); i += kStep) {
     const float* w = t.work + i * kStride + j;
-    for (int r = 0; r < kStep; ++r)
-      store_pairs(packed_weights(t) + (i + r) * kWeightStride + j,
-                  pack_pairs(load(w + r * kStride), load(w + r * kStride + kLanes)));
     for (int c = 0; c < kStep; c += kLanes) {
       VInt columns[kLanes];
       SSL_FAST_UNROLL
@@ -115,8 +121,14 @@ inline void product(const uint16_t* w, const uint32_t* z, int rows, int depth, i
 
 inline void multiply_weights(const BackwardTile& t) {
   product(packed_weights(t), static_cast<const uint32_t*>(t.product_j), t.rows, t.cols, t.depth, t.dz_i, t.ld_dz,
-          !t.same_block);
-  if (!t.same_block)
+          t.add_i);
+  if (t.dz_j != nullptr)
     product(packed_weights_transposed(t), static_cast<const uint32_t*>(t.product_i), t.cols, t.rows, t.depth, t.dz_j,
-            t.ld_dz, true);
+            t.ld_dz, t.add_j);
+}
+
+inline void multiply_weights(const AttendTile& t) {
+  for (int j = 0; j < t.cols; j += kStep) panel_done(static_cast<const Tile&>(t), j);
+  product(packed_weights(t), static_cast<const uint32_t*>(t.product_j), t.rows, t.cols, t.depth, t.out, t.ld_out,
+          !t.first);
 }
