@@ -61,7 +61,19 @@ def command(name: str, output: str) -> list[str]:
     include = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
     link = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     if name == "_C_cpu":
-        return [CXX, "-shared", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", *STABLE, *include, *sources(".cpp"), "-o", output, *link]
+        return [
+            CXX,
+            "-shared",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wno-psabi",
+            *STABLE,
+            *include,
+            *sources(".cpp"),
+            "-o",
+            output,
+            *link,
+        ]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
     codes.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
     if list((torch / "lib").glob("libtorch_cuda.so")):

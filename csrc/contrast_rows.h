@@ -59,29 +59,30 @@ struct RowValues {
   float operator[](int64_t i) const { return data[i * stride]; }
 };
 
-// A matrix (n, dims) of any strides and dtype, read as fp32 rows.
+// A matrix (n, dims) of any strides and dtype, read as fp32 rows. It does not keep the tensor alive.
 class Matrix {
  public:
   Matrix(const Tensor& tensor, bool normalize)
-      : blocks(tensor.size(0)), dims(tensor.size(1)), tensor_(tensor), normalize_(normalize) {}
+      : blocks(tensor.size(0)),
+        dims(tensor.size(1)),
+        dtype_(tensor.scalar_type()),
+        data_(tensor.data_ptr()),
+        row_step_(tensor.stride(0)),
+        dim_step_(tensor.stride(1)),
+        normalize_(normalize) {}
 
   // The rows of a block into out (round_up(rows, kRowMultiple), row_stride(dims)), the padding zeroed, and 1 / |x|.
   void read(int64_t b, float* out, float* inverse_norm) const {
     const int64_t rows = blocks.rows(b), ld = row_stride(dims);
-    dispatch_float(tensor_.scalar_type(), "contrastive loss", [&](auto type) {
-      using T = decltype(type);
-      const int64_t stride = tensor_.stride(0), step = tensor_.stride(1);
-      const T* x = static_cast<const T*>(tensor_.data_ptr()) + blocks.first(b) * stride;
-      for (int64_t r = 0; r < rows; ++r, x += stride, out += ld) {
-        if (step == 1)
-          for (int64_t d = 0; d < dims; ++d) out[d] = static_cast<float>(x[d]);  // which the compiler vectorises
-        else
-          for (int64_t d = 0; d < dims; ++d) out[d] = static_cast<float>(x[d * step]);
-        std::fill(out + dims, out + ld, 0.0f);
-        inverse_norm[r] = normalize_ ? normalize_row(out) : 1.0f;
-      }
-      std::fill(out, out + (round_up(rows, kRowMultiple) - rows) * ld, 0.0f);
+    dispatch_float(dtype(), "contrastive loss", [&](auto type) {
+      for (int64_t r = 0; r < rows; ++r) inverse_norm[r] = read_as(type, blocks.first(b) + r, out + r * ld);
     });
+    std::fill(out + rows * ld, out + round_up(rows, kRowMultiple) * ld, 0.0f);
+  }
+
+  // One row into out, (row_stride(dims),).
+  void read_row(int64_t row, float* out) const {
+    dispatch_float(dtype(), "contrastive loss", [&](auto type) { read_as(type, row, out); });
   }
 
   // The gradient of x from that of its unit row z: (dz - (dz . z) z) / |x|, or dz / eps where F.normalize divides by
@@ -92,21 +93,31 @@ class Matrix {
     for (int64_t d = 0; d < dims; ++d) dz[d] = (dz[d] - along * z[d]) * inverse_norm;
   }
 
-  ScalarType dtype() const { return tensor_.scalar_type(); }
+  ScalarType dtype() const { return dtype_; }
 
   Blocks blocks;
   int64_t dims;
 
  private:
-  float normalize_row(float* row) const {
-    float norm = std::sqrt(dot(row, row, dims));
+  template <class T>
+  float read_as(T, int64_t row, float* out) const {
+    const T* x = static_cast<const T*>(data_) + row * row_step_;
+    if (dim_step_ == 1)
+      for (int64_t d = 0; d < dims; ++d) out[d] = static_cast<float>(x[d]);  // which the compiler vectorises
+    else
+      for (int64_t d = 0; d < dims; ++d) out[d] = static_cast<float>(x[d * dim_step_]);
+    std::fill(out + dims, out + row_stride(dims), 0.0f);
+    if (!normalize_) return 1.0f;
+    float norm = std::sqrt(dot(out, out, dims));
     if (norm < kNormEps) norm = kNormEps;  // NaN stays NaN
     const float inverse = 1.0f / norm;
-    for (int64_t d = 0; d < dims; ++d) row[d] *= inverse;
+    for (int64_t d = 0; d < dims; ++d) out[d] *= inverse;
     return inverse;
   }
 
-  Tensor tensor_;
+  ScalarType dtype_;
+  const void* data_;
+  int64_t row_step_, dim_step_;
   bool normalize_;
 };
 

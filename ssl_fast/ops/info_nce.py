@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssl_fast._op import Op
+from ssl_fast._op import HALF_AND_FLOAT, Op
 from ssl_fast.ops import _losses
 from ssl_fast.ops._losses import Reduction, accumulator, positive, tangent, to_rows
 
@@ -203,7 +203,7 @@ info_nce_fwd = Op(
     "bool columns) -> (Tensor, Tensor)",
     _fwd_reference,
     fake=_fwd_fake,
-    native={},
+    native={"cpu": HALF_AND_FLOAT},
     triton=None,
     decides="x",
 )
@@ -212,7 +212,7 @@ info_nce_bwd = Op(
     "Tensor of_columns, Tensor? x_ids, Tensor? y_ids, int? diagonal, bool normalize) -> (Tensor, Tensor)",
     _bwd_reference,
     fake=_bwd_fake,
-    native={},
+    native={"cpu": HALF_AND_FLOAT},
     triton=None,
     decides="x",
 )
@@ -221,7 +221,7 @@ info_nce_one_pass = Op(
     "bool normalize) -> (Tensor, Tensor)",
     _one_pass_reference,
     fake=_one_pass_fake,
-    native={},
+    native={"cpu": HALF_AND_FLOAT},
     triton=None,
     decides="x",
 )
@@ -229,7 +229,7 @@ sup_con_fwd = Op(
     "sup_con_fwd(Tensor z, Tensor labels, Tensor temperature, bool normalize) -> Tensor",
     _sup_con_fwd_reference,
     fake=lambda z, *_: z.new_empty(6, z.shape[0], dtype=accumulator(z)),
-    native={},
+    native={"cpu": HALF_AND_FLOAT},
     triton=None,
     decides="z",
 )
@@ -238,7 +238,7 @@ sup_con_bwd = Op(
     "bool normalize) -> Tensor",
     _sup_con_bwd_reference,
     fake=lambda grad_lse, grad_positives, z, *_: z.new_empty(z.shape),
-    native={},
+    native={"cpu": HALF_AND_FLOAT},
     triton=None,
     decides="z",
 )
