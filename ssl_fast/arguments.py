@@ -47,6 +47,8 @@ def check_arguments(given: dict[str, Any]) -> dict[str, Any]:
     for key, low in at_least.items():
         if not isinstance(config[key], int) or config[key] < low:
             raise ValueError(f"{key}: got {config[key]!r}, allowed: a whole number >= {low}")
+    if config["seed"] >= 2**63:
+        raise ValueError(f"seed: got {config['seed']}, allowed: a whole number below 2**63")
     for key in ("lr", "weight_decay", "warmup_epochs"):
         if config[key] is not None and not 0 <= config[key] < math.inf:
             raise ValueError(f"{key}: got {config[key]!r}, allowed: a finite number >= 0")

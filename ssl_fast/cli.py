@@ -11,11 +11,12 @@ from types import NoneType
 from typing import Any
 
 from ssl_fast import info
-from ssl_fast._extras import nearest, require
+from ssl_fast._extras import nearest
 from ssl_fast.arguments import method_arguments
 from ssl_fast.augment import Policy
 from ssl_fast.demo import demo
 from ssl_fast.evaluate import evaluate
+from ssl_fast.run import read_args
 from ssl_fast.train import train
 
 
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         arguments = _parse(command, words)
-    except (ValueError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         return _fail(f"{name}: {error}", 2)
     try:
         result = command(**arguments)
@@ -84,10 +85,9 @@ def _allowed(command: Callable[..., Any], method: str) -> dict[str, inspect.Para
 
 def _of_the_run(given: dict[str, Any], allowed: dict[str, inspect.Parameter]) -> dict[str, Any]:
     """The arguments of the run to resume, so that `out=... resume=true` is enough."""
-    path = Path(given.get("out", "")).expanduser() / "args.yaml"
-    if not path.is_file():
+    if "out" not in given:
         return {}
-    saved = require("yaml", "args.yaml").safe_load(path.read_text())
+    saved = read_args(Path(given["out"]).expanduser())
     if isinstance(saved["augment"], dict):
         saved["augment"] = Policy(**saved["augment"])
     return {key: value for key, value in saved.items() if key in _allowed(train, saved["method"])}

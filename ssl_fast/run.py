@@ -42,19 +42,29 @@ class Run:
             raise ValueError(f"out: {self.out} is a file, allowed: a folder")
         if resume:
             self._check_resume()
+        elif overwrite and self.out.exists() and any(self.out.iterdir()) and not self._is_run():
+            raise FileExistsError(
+                f"out: {self.out} is not empty and holds no run to overwrite, allowed: an empty folder or that of a "
+                "run; choose another folder"
+            )
         elif self.out.exists() and any(self.out.iterdir()) and not overwrite:
             raise FileExistsError(
                 f"out: {self.out} is not empty; add resume=true to continue its run, "
                 "overwrite=true to start anew there, or choose another folder"
             )
 
+    def _is_run(self) -> bool:
+        try:
+            read_args(self.out)
+        except (FileNotFoundError, ValueError):
+            return False
+        return True
+
     def _check_resume(self) -> None:
-        args = self.out / "args.yaml"
-        if not args.exists():
-            raise FileNotFoundError(f"out: {self.out} holds no run to resume; leave out resume=true to start one there")
+        before = read_args(self.out)
         if self.last.exists():
             self.saved = read_checkpoint(self.last)
-        before = self.saved["args"] if self.saved else require("yaml", "args.yaml").safe_load(args.read_text())
+            before = self.saved["args"]
         changed = [
             f"{key}: was {before.get(key)!r}, now {self.config.get(key)!r}"
             for key in dict.fromkeys([*before, *self.config])
@@ -92,7 +102,9 @@ class Run:
 
     def _clear(self) -> None:
         """Remove what a run writes, and nothing else that may lie in the folder."""
-        files = ["args.yaml", "metrics.jsonl", "train.log", "events.out.tfevents.*", "checkpoints/*.pt", "plots/*.png"]
+        checkpoints = ["checkpoints/last.pt", "checkpoints/epoch_[0-9][0-9][0-9][0-9].pt"]
+        plots = ["plots/curves.png", "plots/pca.png", "plots/views.png"]
+        files = ["args.yaml", "metrics.jsonl", "train.log", "events.out.tfevents.*", *checkpoints, *plots]
         for path in [path for pattern in files for path in self.out.glob(pattern)]:
             path.unlink()
 
@@ -128,6 +140,23 @@ class Run:
         if copy:
             write_atomically(self.last.with_name(copy), state)
         write_atomically(self.last, state)
+
+
+def read_args(out: Path) -> dict[str, Any]:
+    """The arguments of the run in a folder."""
+    path = out / "args.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"out: {out} holds no run to resume; leave out resume=true to start one there")
+    yaml = require("yaml", "args.yaml")
+    try:
+        args = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"out: {path} cannot be read ({error}); restore it, or start a run in a new folder") from None
+    if not isinstance(args, dict) or not {"data", "method", "model", "augment"} <= args.keys():
+        raise ValueError(
+            f"out: {path} is not that of a run; choose the folder of one, or a new one without resume=true"
+        )
+    return args
 
 
 def write_atomically(path: Path, content: str | dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -343,6 +345,48 @@ def test_only_what_is_asked_for_gets_a_gradient():
     assert z2.grad is not None and z1.grad is None
 
 
+def test_a_second_derivative_raises():
+    """Autograd would return zero for it, and a gradient penalty would silently do nothing."""
+    z1, z2 = pair(6, 8, torch.float32, True)
+    z1.requires_grad_()
+    loss = nt_xent(z1, z2)
+    (gradient,) = torch.autograd.grad(loss, z1, create_graph=True)
+    assert torch.equal(gradient, torch.autograd.grad(nt_xent(z1, z2), z1)[0])
+    with pytest.raises(RuntimeError, match="the gradient of a contrastive loss was differentiated"):
+        (loss + gradient.pow(2).sum()).backward()
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or nt_xent_fwd.reason("native", "cpu", torch.float32) is not None, reason=""
+)
+@pytest.mark.parametrize("threads", (1, 2))
+def test_a_failed_allocation_is_an_error_and_no_more(threads):
+    """Neither a hang, of threads that wait for the one that failed, nor a crash at the next call."""
+    code = f"""
+import resource, torch
+from ssl_fast.functional import nt_xent
+torch.set_num_threads({threads})
+small = torch.randn(400, 64, requires_grad=True)
+expected = torch.autograd.grad(nt_xent(small, small.detach().roll(1)), small)[0]
+large = torch.randn(400, 20000, requires_grad=True)
+failures = 0
+for megabytes in (20, 70, 80, 90, 100, 110, 120):
+    loss = nt_xent(large, large.detach())
+    used = int(open('/proc/self/statm').read().split()[0]) * 4096
+    resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), resource.RLIM_INFINITY))
+    try:
+        torch.autograd.grad(loss, large)
+    except RuntimeError:
+        failures += 1
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    again = torch.autograd.grad(nt_xent(small, small.detach().roll(1)), small)[0]
+    assert torch.equal(again, expected)
+print(failures)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and int(result.stdout) >= 2, result.stdout + result.stderr
+
+
 def test_memory_is_linear_in_the_batch():
     """What autograd keeps: the inputs themselves and a few numbers a row, never a matrix."""
     kept = []
@@ -395,7 +439,11 @@ def test_any_size(N, D, t, seed):
         (lambda z: (z, z, 0.0), ValueError, "temperature: got 0.0, allowed: a float above 0"),
         (lambda z: (z, z, -1), ValueError, "temperature: got -1"),
         (lambda z: (z, z, float("nan")), ValueError, "temperature: got nan"),
-        (lambda z: (z, z, torch.ones(2)), ValueError, r"temperature: got shape \(2,\)"),
+        (lambda z: (z, z, torch.ones(2)), ValueError, r"temperature: got torch.float32 of shape \(2,\)"),
+        (lambda z: (z, z, torch.tensor(1j)), ValueError, "temperature: got torch.complex64"),
+        (lambda z: (z, z, "0.5"), TypeError, "temperature: got '0.5', allowed: a float above 0"),
+        (lambda z: (z, z, True), TypeError, "temperature: got True"),
+        (lambda z: (z, z, 1e-40), ValueError, "temperature: got 1e-40"),
     ],
 )
 def test_bad_input_is_named(arguments, kind, message):
@@ -409,6 +457,10 @@ def test_bad_options_are_named():
         nt_xent(z, z, reduction="avg")
     with pytest.raises(ValueError, match="temperature: got 0"):
         NTXentLoss(temperature=0)
+    with pytest.raises(ValueError, match="reduction: got 'avg'"):
+        NTXentLoss(reduction="avg")
+    with pytest.raises(ValueError, match=r"temperature: got torch.float32 of shape \(2,\)"):
+        NTXentLoss(torch.ones(2))
     with pytest.raises(ValueError, match="memory_bank_size: got 64"):
         NTXentLoss(memory_bank_size=64)
 

@@ -192,11 +192,30 @@ def test_out_that_is_not_empty(tmp_path):
         train(tmp_path, model="convnet", **QUICK)
     with pytest.raises(FileNotFoundError, match="no run to resume"):
         train(tmp_path, model="convnet", resume=True, **QUICK)
+    other = tmp_path / "other"
+    (other / "plots").mkdir(parents=True)
+    (other / "plots/thesis.png").write_text("mine")
+    (other / "args.yaml").write_text("lr: 0.1")
+    with pytest.raises(FileExistsError, match="holds no run to overwrite"):
+        train(other, model="convnet", overwrite=True, **QUICK)
+    with pytest.raises(ValueError, match=r"args.yaml is not that of a run"):
+        train(other, model="convnet", resume=True, **QUICK)
+    (other / "args.yaml").write_text(": : [")
+    with pytest.raises(ValueError, match=r"args.yaml cannot be read"):
+        train(other, model="convnet", resume=True, **QUICK)
+    assert (other / "plots/thesis.png").read_text() == "mine"
+    with pytest.raises(ValueError, match="dim: got 0, allowed: a whole number >= 1"):
+        train(tmp_path / "new", model="convnet", dim=0, **QUICK)
+    assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="resume and overwrite"):
         train(tmp_path, model="convnet", resume=True, overwrite=True, **QUICK)
-    train(tmp_path, model="convnet", overwrite=True, **{**QUICK, "epochs": 1})
-    train(tmp_path, model="convnet", overwrite=True, **{**QUICK, "epochs": 1})
-    assert (tmp_path / "thesis.tex").read_text() == "mine" and metrics(tmp_path)[-1]["step"] == 3
+    run = tmp_path / "run"
+    train(run, model="convnet", overwrite=True, **{**QUICK, "epochs": 1})
+    (run / "plots/thesis.png").write_text("mine")
+    (run / "checkpoints/best.pt").write_text("mine")
+    train(run, model="convnet", overwrite=True, **{**QUICK, "epochs": 1})
+    assert (run / "plots/thesis.png").read_text() == (run / "checkpoints/best.pt").read_text() == "mine"
+    assert metrics(run)[-1]["step"] == 3
 
 
 def test_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path):

@@ -42,6 +42,8 @@ class SimCLR(nn.Module):
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"head: got {head!r}, allowed: {', '.join(HEADS)}")
+        if not isinstance(dim, int) or dim < 1:
+            raise ValueError(f"dim: got {dim!r}, allowed: a whole number >= 1, such as 128")
         self.encoder = encoder
         self.head = projection_head(head, features, dim)
         self.loss = NTXentLoss(temperature) if loss is None else loss

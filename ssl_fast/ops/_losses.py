@@ -6,8 +6,11 @@ and its relatives need no more than (N,) vectors once the log-sum-exps are there
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Literal
+import numbers
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +44,39 @@ def tangent(dz: Tensor, z: Tensor, x: Tensor) -> Tensor:
     norm = x.to(dz.dtype).norm(dim=1, keepdim=True)
     along = (dz * z).sum(1, keepdim=True)
     return torch.where(norm < 1e-12, dz / 1e-12, (dz - along * z) / norm)
+
+
+# ---- gradients
+
+
+class _NotTwice(torch.autograd.Function):
+    """A gradient whose own gradient is an error: what autograd would return for it is zero, silently."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "the gradient of a contrastive loss was differentiated: got create_graph=True and a second backward "
+            "through it, allowed: first derivatives; use a dense expression of the loss for a gradient penalty"
+        )
+
+
+def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """A Function.backward that runs without a graph; under create_graph=True a second one through it raises."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        inputs = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+        return tuple(None if g is None else _NotTwice.apply(g, *inputs) for g in gradients)
+
+    return run
 
 
 # ---- the loss of a row
@@ -121,30 +157,47 @@ def check_embeddings(name1: str, z1: Tensor, name2: str, z2: Tensor, *, alike: b
                 f"{name}: got {z.dtype}, allowed: float16, bfloat16, float32, float64; cast it with .float()"
             )
     low = autocast_dtype(z1)
+    cast1, cast2 = z1, z2
     if low is not None:
-        z1, z2 = (z if z.dtype == torch.float64 else z.to(low) for z in (z1, z2))
-    if z1.dtype != z2.dtype:
+        cast1, cast2 = (z if z.dtype == torch.float64 else z.to(low) for z in (z1, z2))
+    if cast1.dtype != cast2.dtype:
         raise TypeError(f"{name2}: got {z2.dtype}, allowed: the dtype of {name1}, {z1.dtype}; cast one of them")
-    return z1, z2
+    return cast1, cast2
+
+
+# Below this exp2's scale, log2(e) / t, is no longer finite in fp32.
+_LEAST_TEMPERATURE = 1e-37
 
 
 def check_temperature(temperature: float | Tensor, z: Tensor) -> Tensor:
+    """As a tensor () on z's device, in the dtype of sums."""
     dtype = accumulator(z)
+    if isinstance(temperature, float) and temperature > _LEAST_TEMPERATURE:
+        return torch.scalar_tensor(temperature, dtype=dtype, device=z.device)
+    check_temperature_alone(temperature)
     if isinstance(temperature, Tensor):
-        if temperature.numel() != 1:
-            raise ValueError(
-                f"temperature: got shape {tuple(temperature.shape)}, allowed: a float or a tensor of one element"
-            )
         return temperature.reshape(()).to(z.device, dtype)
-    if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature}, allowed: a float above 0, such as 0.1 or 0.5")
     return torch.scalar_tensor(temperature, dtype=dtype, device=z.device)
+
+
+def check_temperature_alone(temperature: object) -> None:
+    """What a module can check before it sees embeddings."""
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1 or temperature.is_complex():
+            raise ValueError(
+                f"temperature: got {temperature.dtype} of shape {tuple(temperature.shape)}, allowed: a float, or a "
+                "real tensor of one element"
+            )
+    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float, numbers.Real)):
+        raise TypeError(f"temperature: got {temperature!r}, allowed: a float above 0, or a tensor of one element")
+    elif not float(temperature) > _LEAST_TEMPERATURE:
+        raise ValueError(f"temperature: got {temperature}, allowed: a float above 0, such as 0.1 or 0.5")
 
 
 def check_options(
     reduction: str, *, label_smoothing: float = 0.0, tau_plus: float = 0.0, group_ids: object = None
 ) -> None:
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, allowed: 'mean', 'sum', 'none'")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: got {label_smoothing}, allowed: 0 to 1")

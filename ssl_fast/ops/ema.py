@@ -7,6 +7,7 @@ computed as torch.lerp does, in fp32 (fp64 where a tensor is fp64), and rounded 
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -61,7 +62,7 @@ def ema_update_(targets: nn.Module | Iterable[Tensor], sources: nn.Module | Iter
             lists of as many tensors, equal in shape. fp16, bf16, fp32 or fp64, a source's dtype may differ from its
             target's; any strides; all on one device. Lists spare the walk over a module's parameters at each call.
             A target that is listed twice is updated once, from its first source. Other overlaps are not supported.
-        momentum: a float in [0, 1]. 1 leaves the targets as they are, 0 copies the sources.
+        momentum: a float in [0, 1]. 1 leaves finite targets as they are where the sources are finite, 0 copies them.
 
     The arithmetic is fp32 but the result is stored in the target's dtype, so that a 16-bit target stands still where a
     step is under half its spacing: at momentum 0.999 in bf16 or fp16 that is practically always. Keep fp32 targets
@@ -74,7 +75,7 @@ def ema_update_(targets: nn.Module | Iterable[Tensor], sources: nn.Module | Iter
         >>> key_encoder = copy.deepcopy(encoder).requires_grad_(False)
         >>> ema_update_(key_encoder, encoder, momentum=0.999)
     """
-    if not isinstance(momentum, (int, float)):
+    if not isinstance(momentum, numbers.Real):
         raise TypeError(f"momentum: got {type(momentum).__name__}, allowed: a float in [0, 1], such as 0.999")
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum: got {momentum}, allowed: a float in [0, 1], such as 0.999")
@@ -106,6 +107,12 @@ def _pairs(
         if isinstance(value, (nn.Module, Tensor)):
             raise TypeError(f"{name}: got {type(value).__name__}, allowed: two modules, or two lists of tensors")
     targets, sources = list(targets), list(sources)  # type: ignore[arg-type]
+    for name, values in (("targets", targets), ("sources", sources)):
+        strange = next((value for value in values if not isinstance(value, Tensor)), None)
+        if strange is not None:
+            raise TypeError(
+                f"{name}: got {type(strange).__name__} among them, allowed: two modules, or two lists of tensors"
+            )
     if len(targets) != len(sources):
         raise ValueError(f"sources: got {len(sources)} tensors, allowed: as many as targets, {len(targets)}")
     return range(len(targets)), targets, sources

@@ -19,11 +19,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ssl_fast._op import HALF_AND_FLOAT, Op
 from ssl_fast.ops import _losses
-from ssl_fast.ops._losses import Reduction, accumulator, positive, tangent, to_rows
+from ssl_fast.ops._losses import Reduction, accumulator, differentiable_once, positive, tangent, to_rows
 
 # ---- reference: the definition, and the fallback on any device
 
@@ -270,7 +269,7 @@ class _LogSumExp(torch.autograd.Function):
         return stats[0][0].clone(), stats[1][0].clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_lse: Tensor | None, grad_column_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         x, y, temperature, x_ids, y_ids, of_rows, of_columns = ctx.saved_tensors
         if grad_lse is None:
@@ -312,7 +311,7 @@ class _OnePass(torch.autograd.Function):
         return stats[0].clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         x, temperature, stats, out = ctx.saved_tensors
         dx = dt = None
@@ -342,7 +341,7 @@ class _SupCon(torch.autograd.Function):
         return lse, positives, count
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_lse: Tensor, grad_positives: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         z, labels, temperature, stats = ctx.saved_tensors
         dz = dt = None
@@ -529,8 +528,7 @@ class InfoNCE(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if not isinstance(temperature, Tensor):
-            _losses.check_temperature(temperature, torch.empty(()))
+        _losses.check_temperature_alone(temperature)
         _losses.check_options(reduction)
         if negative_mode not in ("unpaired", "paired"):
             raise ValueError(f"negative_mode: got {negative_mode!r}, allowed: 'unpaired', 'paired'")
@@ -767,8 +765,7 @@ class SupConLoss(nn.Module):
 
     def __init__(self, temperature: float | Tensor = 0.1, **options: Any) -> None:
         super().__init__()
-        if not isinstance(temperature, Tensor):
-            _losses.check_temperature(temperature, torch.empty(()))
+        _losses.check_temperature_alone(temperature)
         self.temperature = temperature
         self.options = options
 

@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ssl_fast._op import HALF_AND_FLOAT, Op
 from ssl_fast.ops import _losses
-from ssl_fast.ops._losses import REDUCTIONS, Reduction, accumulator, positive, tangent, to_rows
+from ssl_fast.ops._losses import REDUCTIONS, Reduction, accumulator, differentiable_once, positive, tangent, to_rows
 
 # ---- reference: the definition, and the fallback on any device
 
@@ -143,7 +142,7 @@ class _NTXent(torch.autograd.Function):
         return loss, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         z1, z2, temperature, lse, q, r = ctx.saved_tensors
         only_loss = grad_lse is None
@@ -238,8 +237,8 @@ class NTXentLoss(nn.Module):
             )
         if gather_distributed:
             raise ValueError("gather_distributed: got True, allowed: False (the negatives are those of this process)")
-        if not isinstance(temperature, Tensor):
-            _losses.check_temperature(temperature, torch.empty(()))
+        _losses.check_temperature_alone(temperature)
+        _losses.check_options(reduction)
         self.temperature = temperature
         self.reduction = reduction
         self.normalize = normalize
