@@ -409,11 +409,16 @@ void sum_positives(const Problem& p, const Ids& labels, float* positives, float*
 // Blocks of one matrix in a tournament; an odd number of them plays with one that is empty.
 Tournament all_pairs(const Matrix& matrix) { return {round_up(matrix.blocks.count, 2)}; }
 
-Tensor sup_con_fwd(Tensor z, Tensor labels, Tensor temperature, bool normalize) {
+Tensor sup_con_fwd(Tensor z, std::optional<Tensor> labels, std::optional<Tensor> ids, Tensor temperature,
+                   bool normalize) {
   const Problem p(z, z, temperature, normalize);
-  const Ids ids(labels, p.n, labels, p.n);
+  STD_TORCH_CHECK(!(labels && ids), "sup_con: got labels and ids, allowed: one of them");
+  const LeftOut left_out(ids, ids, 0, p.n, p.n);
   Tensor stats = nan_tensor(6, p.n);
-  sum_positives(p, ids, stat(stats, kPositives), stat(stats, kCount));
+  if (labels)
+    sum_positives(p, Ids(*labels, p.n, *labels, p.n), stat(stats, kPositives), stat(stats, kCount));
+  else
+    std::fill(stat(stats, kPositives), stat(stats, kPositives) + 2 * p.n, 0.0f);
   if (!(p.t > 0)) return stats;
   const PackedMatrix packed(p.engine, p.x, Packed::kLeft | Packed::kRight);
 
@@ -431,7 +436,7 @@ Tensor sup_con_fwd(Tensor z, Tensor labels, Tensor temperature, bool normalize) 
     tile.depth = p.dims;
     tile.rows = p.x.blocks.rows(pair.i);
     tile.cols = p.x.blocks.rows(pair.j);
-    tile.diagonal = pair.i == pair.j ? 0 : kNoDiagonal;
+    left_out.set(tile, pair.i, pair.j);
     tile.scale = p.scale;
     tile.work = w.logits;
     tile.i = &w.i;
@@ -446,15 +451,19 @@ Tensor sup_con_fwd(Tensor z, Tensor labels, Tensor temperature, bool normalize) 
 
 // W_ij = (g_i P_ij + g_j P_ji) / t, and h_i + h_j where the labels are equal: in the tile, since a confident class's two
 // terms nearly cancel, and would not once each had been rounded to 16 bits.
-Tensor sup_con_bwd(Tensor grad_lse, Tensor grad_positives, Tensor z, Tensor labels, Tensor temperature, Tensor stats,
-                   bool normalize) {
+Tensor sup_con_bwd(Tensor grad_lse, std::optional<Tensor> grad_positives, Tensor z, std::optional<Tensor> labels,
+                   std::optional<Tensor> ids, Tensor temperature, Tensor stats, bool normalize) {
   const Problem p(z, z, temperature, normalize);
   check_stats(stats, 6, p.n, "stats");
-  const Ids ids(labels, p.n, labels, p.n);
+  const LeftOut left_out(ids, ids, 0, p.n, p.n);
   const Weights weights(p, grad_lse, stats, p.n);
-  const RowValues h(grad_positives, p.n, "grad_positives");
+  std::optional<Ids> classes;
   std::vector<float> positive(round_up(p.n, kBlock));
-  for (int64_t i = 0; i < p.n; ++i) positive[i] = h[i];
+  if (labels && grad_positives) {
+    classes.emplace(*labels, p.n, *labels, p.n);
+    const RowValues h(*grad_positives, p.n, "grad_positives");
+    for (int64_t i = 0; i < p.n; ++i) positive[i] = h[i];
+  }
   const Tensor out = gradient_of(z);
   Gradient dz(p.engine, p.x.blocks, out);
   {
@@ -468,14 +477,14 @@ Tensor sup_con_bwd(Tensor grad_lse, Tensor grad_positives, Tensor z, Tensor labe
       tile.depth = p.dims;
       tile.rows = p.x.blocks.rows(i);
       tile.cols = p.x.blocks.rows(j);
-      tile.diagonal = i == j ? 0 : kNoDiagonal;
+      left_out.set(tile, i, j);
       tile.scale = p.scale;
       tile.weight_i = &weights.weight[i * kBlock];
       tile.weight_j = &weights.weight[j * kBlock];
       tile.shift_i = &weights.shift[i * kBlock];
       tile.shift_j = &weights.shift[j * kBlock];
-      tile.labels_i = ids.a() + i * kBlock;
-      tile.labels_j = ids.a() + j * kBlock;
+      tile.labels_i = classes ? classes->a() + i * kBlock : nullptr;
+      tile.labels_j = classes ? classes->a() + j * kBlock : nullptr;
       tile.positive_i = &positive[i * kBlock];
       tile.positive_j = &positive[j * kBlock];
       tile.dz_i = dz[i];

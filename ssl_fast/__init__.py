@@ -6,12 +6,14 @@ from ssl_fast.methods.simclr import SimCLR
 from ssl_fast.ops.ema import ema_update_
 from ssl_fast.ops.info_nce import CLIPLoss, InfoNCE, SupConLoss
 from ssl_fast.ops.nt_xent import NTXentLoss
+from ssl_fast.queue import KeyQueue
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CLIPLoss",
     "InfoNCE",
+    "KeyQueue",
     "NTXentLoss",
     "SimCLR",
     "SupConLoss",

@@ -15,8 +15,8 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 import ssl_fast
-from ssl_fast import CLIPLoss, InfoNCE, SupConLoss
-from ssl_fast.functional import clip, info_nce, sup_con
+from ssl_fast import CLIPLoss, InfoNCE, KeyQueue, NTXentLoss, SupConLoss
+from ssl_fast.functional import clip, info_nce, nt_xent, sup_con
 from ssl_fast.ops import info_nce as home
 
 BACKENDS = backends(home.info_nce_fwd, torch.float32)
@@ -324,7 +324,7 @@ def test_gradcheck_and_opcheck(backend):
             assert torch.autograd.gradcheck(lambda q, k, t: clip(q, k, t, normalize=True), (q, k, t))
             assert torch.autograd.gradcheck(lambda z, t: sup_con(z, labels, t), (q, t))
     q, k, n, t = (x.detach() for x in (q, k, n, t))
-    ids, key_ids = labels, torch.arange(11, device=DEVICE) % 4
+    ids, key_ids = torch.arange(6, device=DEVICE) % 5, torch.arange(11, device=DEVICE) % 4
     named, kwargs = torch.ops.ssl_fast, {"backend": backend}
     g, h = torch.rand(6, device=DEVICE, dtype=dtype), torch.rand(11, device=DEVICE, dtype=dtype)
     for columns in (True, False):
@@ -334,9 +334,11 @@ def test_gradcheck_and_opcheck(backend):
         back = (g, h if columns else None, q, n, t, *stats, ids, key_ids, 0, True)
         opcheck(named.info_nce_bwd.default, back, kwargs)
     opcheck(named.info_nce_one_pass.default, (q, n, t, None, None, None, True), kwargs)
-    stats = home.sup_con_fwd(q, labels, t, True, backend=backend)
-    opcheck(named.sup_con_fwd.default, (q, labels, t, True), kwargs)
-    opcheck(named.sup_con_bwd.default, (g, g, q, labels, t, stats, True), kwargs)
+    for classes, others in ((labels, None), (None, ids)):
+        stats = home.sup_con_fwd(q, classes, others, t, True, backend=backend)
+        opcheck(named.sup_con_fwd.default, (q, classes, others, t, True), kwargs)
+        h = None if classes is None else g
+        opcheck(named.sup_con_bwd.default, (g, h, q, classes, others, t, stats, True), kwargs)
 
 
 def test_compiled_in_one_graph_with_a_dynamic_batch():
@@ -404,6 +406,84 @@ def test_debiased_rows_at_the_floor_have_finite_gradients():
     negatives = -torch.eye(4, 8, device=DEVICE)
     loss = info_nce(q, q.detach(), negatives, 0.01, tau_plus=0.5)
     assert torch.autograd.grad(loss, q)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_nt_xent_with_groups_and_decoupled(backend, dtype):
+    """Through the log-sum-exp over the rows of other ids, whose matrix is symmetric."""
+    z1, z2 = tensors((33, 20), (33, 20), dtype=dtype)
+    for ids in (torch.arange(33, device=DEVICE), torch.arange(33, device=DEVICE) % 11):
+
+        def theirs(z1, z2, t, ids=ids):
+            z, both = unit(torch.cat([z1, z2])), ids.repeat(2)
+            negatives = (z @ z.T / t).masked_fill(both[:, None] == both, -torch.inf)
+            return (torch.logsumexp(negatives, 1) - (z * z.roll(33, 0)).sum(1) / t)[:33]
+
+        check(
+            lambda z1, z2, t, ids=ids: nt_xent(z1, z2, t, reduction="none", decoupled=True, group_ids=ids)[:33],
+            theirs, [z1, z2, temperature(0.1, dtype)], backend, 0.1,
+        )  # fmt: skip
+
+
+def test_options_of_nt_xent_against_their_formulas():
+    N, D, t = 7, 6, 0.2
+    z1, z2 = tensors((N, D), (N, D), dtype=torch.float64)
+    z = unit(torch.cat([z1, z2]))
+    logits = (z @ z.T / t).masked_fill(torch.eye(2 * N, dtype=torch.bool, device=DEVICE), -torch.inf)
+    target = torch.arange(2 * N, device=DEVICE).roll(N)
+    keys = {"temperature": t, "reduction": "none"}
+    same = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)  # noqa: E731
+    finite = logits[logits > -torch.inf].view(2 * N, 2 * N - 1)
+    column = target - (target > torch.arange(2 * N, device=DEVICE)).long()
+    smooth = F.cross_entropy(finite, column, reduction="none", label_smoothing=0.2)
+    same(nt_xent(z1, z2, label_smoothing=0.2, **keys), smooth)
+    weight = torch.rand(N, dtype=torch.float64, device=DEVICE)
+    plain = F.cross_entropy(logits, target, reduction="none")
+    both = weight.repeat(2)
+    same(nt_xent(z1, z2, t, sample_weight=weight), (plain * both).sum() / both.sum())
+    lse = nt_xent(z1, z2, t, sample_weight=weight, return_lse=True)[1]
+    same(lse, torch.logsumexp(logits, 1))
+    pos = logits.gather(1, target[:, None])[:, 0]
+    Ng = ((logits.exp().sum(1) - pos.exp()) - (2 * N - 2) * 0.1 * pos.exp()) / 0.9
+    Ng = Ng.clamp(min=(2 * N - 2) * torch.e ** (-1 / t))
+    same(nt_xent(z1, z2, tau_plus=0.1, **keys), (1 + Ng / pos.exp()).log())
+
+
+# ---- the memory bank
+
+
+def test_a_queue_wraps_at_any_batch_size_and_is_in_the_state_dict():
+    queue = KeyQueue(5, 2).to(DEVICE)
+    rows = torch.arange(40.0, device=DEVICE).view(20, 2)
+    expected, at = queue.keys.clone(), 0
+    for start, stop in ((0, 3), (3, 6), (6, 13), (13, 13), (13, 18)):
+        queue.enqueue(rows[start:stop])
+        for row in rows[start:stop]:
+            expected[at], at = row, (at + 1) % 5
+        assert torch.equal(queue.keys, expected) and queue.pointer == at
+    other = KeyQueue(5, 2).to(DEVICE)
+    other.load_state_dict(queue.state_dict())
+    assert torch.equal(other.keys, expected) and other.pointer == at
+    with pytest.raises(ValueError, match=r"keys: got shape \(3, 4\), allowed: \(N, 2\)"):
+        queue.enqueue(torch.ones(3, 4, device=DEVICE))
+    with pytest.raises(ValueError, match="size: got 0"):
+        KeyQueue(0, 2)
+
+
+def test_a_memory_bank_is_enqueued_after_the_loss_and_only_in_training():
+    z1, z2 = tensors((6, 8), (6, 8), dtype=torch.float32)
+    criterion = NTXentLoss(0.1, memory_bank_size=(16, 8)).to(DEVICE)
+    bank = criterion.memory_bank.keys.clone()
+    loss = criterion(z1, z2.detach())
+    torch.testing.assert_close(loss, info_nce(z1, z2, bank, 0.1))
+    assert torch.equal(criterion.memory_bank.keys[:6], F.normalize(z2.detach()))
+    assert torch.equal(criterion.memory_bank.keys[6:], bank[6:])
+    assert {"memory_bank.keys", "memory_bank.pointer"} <= criterion.state_dict().keys()
+    loss.backward()  # though the bank has moved on
+    before = criterion.memory_bank.keys.clone()
+    criterion(z1.detach(), z2.detach())
+    assert torch.equal(criterion.memory_bank.keys, before)
 
 
 def test_clip_module_takes_open_clips_arguments():

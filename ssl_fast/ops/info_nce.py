@@ -143,13 +143,19 @@ def _one_pass_reference(
     return stats, out
 
 
-def _sup_con_fwd_reference(z: Tensor, labels: Tensor, temperature: Tensor, normalize: bool) -> Tensor:
+def _sup_con_fwd_reference(
+    z: Tensor, labels: Tensor | None, ids: Tensor | None, temperature: Tensor, normalize: bool
+) -> Tensor:
+    if labels is not None and ids is not None:
+        raise ValueError("sup_con: got labels and ids, allowed: one of them")
     z, t = to_rows(z, normalize), positive(temperature)
     stats = torch.cat([_empty_stats(len(z), z), z.new_zeros(2, len(z))])
     for block, s in _blocks(z, z):
-        self_term = _left_out(block, len(z), None, None, 0, z.device)
-        _add_stats(stats[:4, block], s, t, self_term)
-        alike = (labels[block, None] == labels) & ~self_term
+        left_out = _left_out(block, len(z), ids, ids, 0, z.device)
+        _add_stats(stats[:4, block], s, t, left_out)
+        if labels is None:
+            continue
+        alike = (labels[block, None] == labels) & ~left_out
         stats[4, block] = s.masked_fill(~alike, 0).sum(1)
         stats[5, block] = alike.sum(1).to(s.dtype)
     return stats
@@ -157,9 +163,10 @@ def _sup_con_fwd_reference(z: Tensor, labels: Tensor, temperature: Tensor, norma
 
 def _sup_con_bwd_reference(
     grad_lse: Tensor,
-    grad_positives: Tensor,
+    grad_positives: Tensor | None,
     z: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
+    ids: Tensor | None,
     temperature: Tensor,
     stats: Tensor,
     normalize: bool,
@@ -167,12 +174,14 @@ def _sup_con_bwd_reference(
     zhat, t = to_rows(z, normalize), positive(temperature)
     dz = torch.empty_like(zhat)
     for block, s in _blocks(zhat, zhat):
-        self_term = _left_out(block, len(z), None, None, 0, z.device)
+        left_out = _left_out(block, len(z), ids, ids, 0, z.device)
         # One weight for both roles of z_j, the positives' own term in it: subtracted later, it would have to cancel.
-        weight = grad_lse[block, None] * _softmax(s, t, stats[:, block], self_term)
-        weight += (grad_lse[:, None] * _softmax(s.T, t, stats, self_term.T)).T
-        alike = (labels[block, None] == labels).masked_fill(self_term, False)
-        weight = weight / t + alike * (grad_positives[block, None] + grad_positives)
+        weight = grad_lse[block, None] * _softmax(s, t, stats[:, block], left_out)
+        weight += (grad_lse[:, None] * _softmax(s.T, t, stats, left_out.T)).T
+        weight /= t
+        if labels is not None and grad_positives is not None:
+            alike = (labels[block, None] == labels).masked_fill(left_out, False)
+            weight += alike * (grad_positives[block, None] + grad_positives)
         dz[block] = weight @ zhat
     return (tangent(dz, zhat, z) if normalize else dz).to(z.dtype)
 
@@ -225,7 +234,7 @@ info_nce_one_pass = Op(
     decides="x",
 )
 sup_con_fwd = Op(
-    "sup_con_fwd(Tensor z, Tensor labels, Tensor temperature, bool normalize) -> Tensor",
+    "sup_con_fwd(Tensor z, Tensor? labels, Tensor? ids, Tensor temperature, bool normalize) -> Tensor",
     _sup_con_fwd_reference,
     fake=lambda z, *_: z.new_empty(6, z.shape[0], dtype=accumulator(z)),
     native={"cpu": HALF_AND_FLOAT},
@@ -233,8 +242,8 @@ sup_con_fwd = Op(
     decides="z",
 )
 sup_con_bwd = Op(
-    "sup_con_bwd(Tensor grad_lse, Tensor grad_positives, Tensor z, Tensor labels, Tensor temperature, Tensor stats, "
-    "bool normalize) -> Tensor",
+    "sup_con_bwd(Tensor grad_lse, Tensor? grad_positives, Tensor z, Tensor? labels, Tensor? ids, Tensor temperature, "
+    "Tensor stats, bool normalize) -> Tensor",
     _sup_con_bwd_reference,
     fake=lambda grad_lse, grad_positives, z, *_: z.new_empty(z.shape),
     native={"cpu": HALF_AND_FLOAT},
@@ -326,16 +335,17 @@ class _OnePass(torch.autograd.Function):
 
 
 class _SupCon(torch.autograd.Function):
-    """lse over the other rows, (M,), and the sum of the similarities of the positives, (M,), with their number."""
+    """lse over the other rows of z whose ids differ, (M,), and over those of equal labels the sum of the similarities,
+    (M,), and their number."""
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, labels: Tensor, temperature: Tensor, normalize: bool
+        ctx: Any, z: Tensor, labels: Tensor | None, ids: Tensor | None, temperature: Tensor, normalize: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.backend = sup_con_fwd.backend_for(z)
         ctx.normalize = normalize
-        stats = sup_con_fwd(z, labels, temperature, normalize, backend=ctx.backend)
-        ctx.save_for_backward(z, labels, temperature, stats)
+        stats = sup_con_fwd(z, labels, ids, temperature, normalize, backend=ctx.backend)
+        ctx.save_for_backward(z, labels, ids, temperature, stats)
         lse, positives, count = stats[0].clone(), stats[4].clone(), stats[5].clone()
         ctx.mark_non_differentiable(count)
         return lse, positives, count
@@ -343,15 +353,19 @@ class _SupCon(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_lse: Tensor, grad_positives: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        z, labels, temperature, stats = ctx.saved_tensors
+        z, labels, ids, temperature, stats = ctx.saved_tensors
         dz = dt = None
         if ctx.needs_input_grad[0]:
-            dz = sup_con_bwd(
-                grad_lse, grad_positives, z, labels, temperature, stats, ctx.normalize, backend=ctx.backend
-            )
-        if ctx.needs_input_grad[2]:
+            h = None if labels is None else grad_positives
+            dz = sup_con_bwd(grad_lse, h, z, labels, ids, temperature, stats, ctx.normalize, backend=ctx.backend)
+        if ctx.needs_input_grad[3]:
             dt = -(grad_lse * stats[3]).sum() / temperature**2
-        return dz, None, dt, None
+        return dz, None, None, dt, None
+
+
+def log_sum_exp_of_others(z: Tensor, ids: Tensor, temperature: Tensor, *, normalize: bool = True) -> Tensor:
+    """(M,) log of the sum of exp(z_i . z_j / t) over the rows j whose ids differ from row i's; S is symmetric."""
+    return _SupCon.apply(z, None, ids, temperature, normalize)[0]
 
 
 def log_sum_exp(
@@ -447,7 +461,7 @@ def info_nce(
         lses.append(
             log_sum_exp(query, positive_key, t, x_ids=group_ids, y_ids=group_ids, diagonal=0, normalize=normalize)
         )
-        negatives = negatives + (N - 1 if group_ids is None else N - _matches(group_ids, group_ids))
+        negatives = negatives + (N - 1 if group_ids is None else N - matches(group_ids, group_ids))
         if negative_sum is not None:
             negative_sum = negative_sum + total(positive_key) - pos
     if negative_keys is not None:
@@ -462,8 +476,8 @@ def info_nce(
         _losses.check_per_row("negative_group_ids", negative_group_ids, K, device, integer=True)
         ids = (group_ids, negative_group_ids)
         lses.append(log_sum_exp(query, negative_keys, t, x_ids=ids[0], y_ids=ids[1], normalize=normalize))
-        matches = 0 if group_ids is None or negative_group_ids is None else _matches(group_ids, negative_group_ids)
-        negatives = negatives + (K - matches)
+        same = 0 if group_ids is None or negative_group_ids is None else matches(group_ids, negative_group_ids)
+        negatives = negatives + (K - same)
         if negative_sum is not None:
             negative_sum = negative_sum + total(negative_keys)
     if paired_negative_keys is not None:
@@ -496,7 +510,7 @@ def info_nce(
     return (loss, torch.logaddexp(lse, scaled)) if return_lse else loss
 
 
-def _matches(ids: Tensor, others: Tensor) -> Tensor:
+def matches(ids: Tensor, others: Tensor) -> Tensor:
     """For each id how many of the others are equal to it, in O(K log K) and without a matrix."""
     ordered = others.sort().values
     return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
@@ -734,7 +748,7 @@ def sup_con(
         labels = labels.repeat_interleave(views)
         sample_weight = None if sample_weight is None else sample_weight.repeat_interleave(views)
 
-    lse, positives, count = _SupCon.apply(z, labels.long(), t, normalize)
+    lse, positives, count = _SupCon.apply(z, labels.long(), None, t, normalize)
     has = count > 0
     loss = torch.where(has, lse - positives / (count.clamp(min=1) * positive(t)), 0)
     if reduction == "none":

@@ -14,15 +14,18 @@ gradient of confident pairs. docs/kernels.md has the arithmetic of every backend
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ssl_fast._op import HALF_AND_FLOAT, Op
 from ssl_fast.ops import _losses
 from ssl_fast.ops._losses import REDUCTIONS, Reduction, accumulator, differentiable_once, positive, tangent, to_rows
+from ssl_fast.ops.info_nce import info_nce, log_sum_exp_of_others, matches
+from ssl_fast.queue import KeyQueue
 
 # ---- reference: the definition, and the fallback on any device
 
@@ -170,6 +173,11 @@ def nt_xent(
     normalize: bool = True,
     reduction: Reduction = "mean",
     return_lse: bool = False,
+    label_smoothing: float = 0.0,
+    decoupled: bool = False,
+    tau_plus: float = 0.0,
+    group_ids: Tensor | None = None,
+    sample_weight: Tensor | None = None,
 ) -> Any:
     """NT-Xent of SimCLR (Chen et al. 2020, arXiv 2002.05709, equation 1 and Algorithm 1), in O(N D) memory.
 
@@ -186,6 +194,10 @@ def nt_xent(
         normalize: divide each row by its L2 norm, as F.normalize (eps 1e-12), fused into the kernels.
         reduction: "mean" and "sum" give a scalar, "none" the losses (2N,), z1's rows first.
         return_lse: also return the (2N,) log-sum-exp of each row's logits without itself, differentiable.
+        label_smoothing, decoupled, tau_plus: F.cross_entropy's smoothing; the positive left out of the denominator
+            (DCL, arXiv 2110.06848); the probability of false negatives to correct for (arXiv 2007.00224).
+        group_ids: (N,) integers: other images of an image's group are known false negatives, and left out.
+        sample_weight: (N,) weights of the images; the mean becomes the weighted one.
 
     Returns:
         The loss, or (loss, lse). Gradients are those of what is returned; they are not differentiable again.
@@ -198,6 +210,24 @@ def nt_xent(
     """
     z1, z2 = _losses.check_embeddings("z1", z1, "z2", z2)
     t = _losses.check_temperature(temperature, z1)
+    if label_smoothing or decoupled or tau_plus or group_ids is not None or sample_weight is not None:
+        N, device = len(z1), z1.device
+        _losses.check_options(reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, group_ids=group_ids)
+        _losses.check_per_row("group_ids", group_ids, N, device, integer=True)
+        _losses.check_per_row("sample_weight", sample_weight, N, device, integer=False)
+        z = torch.cat([z1, z2])
+        ids = (torch.arange(N, device=device) if group_ids is None else group_ids.long()).repeat(2)
+        lse_neg = log_sum_exp_of_others(z, ids, t, normalize=normalize)
+        z = to_rows(z, normalize)
+        pos = _similarity_of_pairs(z)
+        loss = _losses.row_loss(
+            lse_neg - pos / positive(t), pos, temperature=t, decoupled=decoupled, tau_plus=tau_plus,
+            negatives=2 * N - 2 if group_ids is None else 2 * N - matches(ids, ids),
+            label_smoothing=label_smoothing,
+            negative_sum=(z * (z.sum(0) - z)).sum(1) - pos if label_smoothing else None,
+        )  # fmt: skip
+        loss = _losses.reduce(loss, reduction, None if sample_weight is None else sample_weight.repeat(2))
+        return (loss, torch.logaddexp(lse_neg, pos / positive(t))) if return_lse else loss
     _losses.check_options(reduction)
     loss, lse = _NTXent.apply(z1, z2, t, normalize, REDUCTIONS[reduction])
     return (loss, lse) if return_lse else loss
@@ -210,8 +240,12 @@ class NTXentLoss(nn.Module):
 
     Args:
         temperature: a float above 0, or a tensor of one element; an nn.Parameter is learned with the model.
-        memory_bank_size, gather_distributed: in lightly's places; only their defaults are supported.
+        memory_bank_size: 0, or (K, D): the negatives of out0 are then the last K rows given as out1, instead of the
+            batch, as in MoCo. They lie in `memory_bank`, a KeyQueue, and in the state dict; after a loss whose out0 has
+            a gradient, out1 is enqueued.
+        gather_distributed: in lightly's place; only False is supported.
         reduction, normalize: as in `ssl_fast.functional.nt_xent`.
+        options: further keyword arguments of `nt_xent`, or of `info_nce` where there is a memory bank.
 
     Shape:
         out0, out1: (N, D), the two views of N images. Returns a scalar, fp32 (fp64 for fp64 inputs).
@@ -224,16 +258,21 @@ class NTXentLoss(nn.Module):
     def __init__(
         self,
         temperature: float | Tensor = 0.5,
-        memory_bank_size: int = 0,
+        memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
         *,
         reduction: Reduction = "mean",
         normalize: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__()
-        if memory_bank_size != 0:
+        self.memory_bank = None
+        if isinstance(memory_bank_size, Sequence) and len(memory_bank_size) == 2:
+            self.memory_bank = KeyQueue(*memory_bank_size)
+        elif memory_bank_size != 0:
             raise ValueError(
-                f"memory_bank_size: got {memory_bank_size}, allowed: 0 (the other images are the negatives)"
+                f"memory_bank_size: got {memory_bank_size!r}, allowed: 0 (the other images are the negatives), or "
+                "(K, D)"
             )
         if gather_distributed:
             raise ValueError("gather_distributed: got True, allowed: False (the negatives are those of this process)")
@@ -242,9 +281,17 @@ class NTXentLoss(nn.Module):
         self.temperature = temperature
         self.reduction = reduction
         self.normalize = normalize
+        self.options = options
 
-    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        return nt_xent(out0, out1, self.temperature, normalize=self.normalize, reduction=self.reduction)
+    def forward(self, out0: Tensor, out1: Tensor, **per_call: Any) -> Tensor:
+        options = {"normalize": self.normalize, "reduction": self.reduction, **self.options, **per_call}
+        if self.memory_bank is None:
+            return nt_xent(out0, out1, self.temperature, **options)
+        negatives = self.memory_bank.keys.to(out0.dtype)
+        loss = info_nce(out0, out1, negatives, self.temperature, **options)
+        if out0.requires_grad:
+            self.memory_bank.enqueue(F.normalize(out1.detach()) if self.normalize else out1)
+        return loss
 
     def extra_repr(self) -> str:
         t = self.temperature
