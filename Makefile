@@ -11,7 +11,7 @@ SHELL := /bin/bash
 demo: $(VENV)/native
 	$(RUN) -m ssl_fast.cli demo
 
-test: $(VENV)/native
+test: $(VENV)/native $(VENV)/peers
 	$(RUN) -m pytest
 
 check: $(VENV)/installed
