@@ -59,6 +59,11 @@ def peers() -> dict[str, Callable[..., Tensor]]:
     return found
 
 
+def dense_bf16_runs() -> bool:
+    """Elsewhere PyTorch's bf16 product is a hundred times slower than its fp32 one: minutes for the larger shapes."""
+    return DEVICE == "cuda" or common.instruction_set() == "AMX-BF16"
+
+
 def embeddings(N: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     z1 = torch.randn(N, D, generator=generator)
@@ -89,8 +94,7 @@ def losses(dtype: torch.dtype, shape: tuple[int, int]) -> dict[str, Callable[...
     if dtype == torch.float32:
         found["dense PyTorch"] = lambda z1, z2: dense(z1, z2, TEMPERATURE)
         found |= {k: v for k, v in peers().items() if k == "lightly" or shape == PEER_SHAPE}
-    elif DEVICE == "cuda" or common.instruction_set() == "AMX-BF16" or shape[0] * shape[1] <= 1024 * 128:
-        # Elsewhere PyTorch's bf16 product is a hundred times slower than its fp32 one: minutes for the larger shapes.
+    elif dense_bf16_runs() or shape[0] * shape[1] <= 1024 * 128:
         found["dense PyTorch, autocast"] = dense_bf16
     return found
 

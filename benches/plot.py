@@ -16,9 +16,13 @@ OURS, DENSE = "ssl_fast", "dense PyTorch"
 Rows = list[dict[str, str]]
 
 
-def nt_xent_rows() -> Rows:
+LOSSES = {"nt_xent": "NT-Xent", "info_nce": "InfoNCE, queue", "clip": "CLIP", "sup_con": "SupCon"}
+
+
+def loss_rows() -> Rows:
     with common.RESULTS.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["op"] == "nt_xent"]
+        rows = [row for row in csv.DictReader(file) if row["op"] in LOSSES]
+    return sorted(rows, key=lambda row: list(LOSSES).index(row["op"]))
 
 
 def readme_block(rows: Rows) -> str:
@@ -29,9 +33,10 @@ def readme_block(rows: Rows) -> str:
         about = here[0]
         lines = [
             {
-                "N, D": row["shape"].replace("N=", "").replace(" D=", ", "),
+                "loss": LOSSES[row["op"]],
+                "shape": row["shape"].replace("=", " ").replace(" ", "\u00a0"),
                 "inputs": row["dtype"],
-                "forward + backward": row["provider"],
+                "provider": row["provider"],
                 "ms": row["ms"],
                 "x one product": row["ratio"],
                 "peak extra MB": row["extra_mb"],
@@ -81,9 +86,9 @@ def draw(rows: Rows) -> None:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    rows = nt_xent_rows()
+    rows = loss_rows()
     README.write_text(with_block(README.read_text(), readme_block(rows)))
-    draw(rows)
+    draw([row for row in rows if row["op"] == "nt_xent"])
 
 
 if __name__ == "__main__":
