@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +24,7 @@ from ssl_fast import CLIPLoss, InfoNCE, KeyQueue, NTXentLoss, SupConLoss
 from ssl_fast.functional import clip, info_nce, nt_xent, sup_con
 from ssl_fast.ops import info_nce as home
 
+ROOT = Path(__file__).parents[1]
 BACKENDS = backends(home.info_nce_fwd, torch.float32)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = ((1, 1, 3), (2, 3, 1), (3, 65, 64), (63, 1, 123), (65, 257, 130), (257, 64, 768), (193, 1000, 128))  # N, K, D
@@ -589,3 +595,52 @@ Q = torch.ones(4, 3)
 def test_errors_name_the_argument(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+MEMORY = """
+import json, math, sys
+import torch
+import ssl_fast
+from benches.common import extra_memory
+from ssl_fast.functional import clip, info_nce, nt_xent, sup_con
+from torch.nn import functional as F
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+def dense(a, b):
+    logits = F.normalize(a) @ F.normalize(b).T / 0.1
+    return F.cross_entropy(logits, torch.arange(len(a), device=device))
+
+losses = {
+    "nt_xent": lambda a, b: nt_xent(a, b, 0.1),
+    "in_batch": lambda a, b: info_nce(a, b),
+    "queue": lambda a, b: info_nce(a, b.detach(), b.detach()),
+    "clip": lambda a, b: clip(a, b, 10.0, normalize=True),
+    "sup_con": lambda a, b: sup_con(a, torch.arange(len(a), device=device) % 50),
+    "dense": dense,
+}
+for backend in sys.argv[1:]:
+    for name, loss in losses.items():
+        points = []
+        for N in (1024, 1024, 2048, 4096, 8192):  # the first warms up
+            a, b = (torch.randn(N, 64, device=device, requires_grad=True) for _ in range(2))
+            with ssl_fast.backend(backend):
+                points.append(extra_memory(lambda: loss(a, b).backward()))
+        grown = [math.log2(points[-1] / p) / k for k, p in ((1, points[-2]), (2, points[-3]))]
+        print(json.dumps([backend, name, points, max(grown)]), flush=True)
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and sys.platform != "linux", reason="reads /proc")
+def test_memory_is_linear_in_the_batch():
+    """Peak memory of a step at N = 1024 to 8192: its exponent is 1, and that of a loss with a matrix is 2."""
+    chosen = [b for b in BACKENDS if b != "triton" or DEVICE == "cuda"]
+    # Every allocation of some size is mapped and given back, so that each step's peak shows.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY, *chosen], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    for line in result.stdout.splitlines():
+        backend, name, points, exponent = json.loads(line)
+        assert exponent > 1.7 if name == "dense" else exponent < 1.35, (backend, name, points, exponent)
