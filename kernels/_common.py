@@ -10,8 +10,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LN2 = tl.constexpr(0.6931471805599453)
+EPS = tl.constexpr(1e-12)  # of F.normalize
+CHUNK_BYTES = 64 << 20  # of fp32 similarities held at a time on the chunked paths
 
 
 class Config(NamedTuple):
@@ -49,6 +53,25 @@ def dot_precision(dtype: torch.dtype) -> str:
     """tl.dot's input_precision. fp32 follows PyTorch's setting, where Triton's own default would be TF32."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32 whatever the operands; cuBLAS follows torch.backends.cuda.matmul for fp32 ones."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def chunks(rows: int, columns: int) -> list[slice]:
+    """Rows whose similarities to so many columns are held at a time."""
+    size = max(128, CHUNK_BYTES // (4 * columns) // 128 * 128)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def row_blocks(D: int) -> dict[str, int]:
+    """Blocks of the kernels that walk over rows: about 1024 numbers a program."""
+    block_d = min(triton.next_power_of_2(D), 1024)
+    return {"BLOCK_N": max(1, 1024 // block_d), "BLOCK_D": block_d}
 
 
 @functools.cache
@@ -106,7 +129,7 @@ def rounded(x, dtype: tl.constexpr):
     """fp32 to dtype, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:  # where the interpreter truncates
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 

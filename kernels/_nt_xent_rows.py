@@ -8,12 +8,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ssl_fast.kernels._common import load_temperature, log1p, rounded
+from ssl_fast.kernels._common import EPS, LN2, load_temperature, log1p, rounded, row_blocks
 from torch import Tensor
 
 SAFE_TEMPERATURE = tl.constexpr(0.025)
-LN2 = tl.constexpr(0.6931471805599453)
-EPS = tl.constexpr(1e-12)  # of F.normalize
 
 
 @triton.jit
@@ -211,12 +209,6 @@ def bwd_finish_kernel(
         dz2 = (_dzhat(acc_ptr, n + N, d, MP, DP, splits, c, unscale, z1, mask) - radial2 * z2) * (inverse2 / t)
         tl.store(dz1_ptr + n * D + d, rounded(dz1, dz1_ptr.dtype.element_ty), mask)
         tl.store(dz2_ptr + n * D + d, rounded(dz2, dz2_ptr.dtype.element_ty), mask)
-
-
-def row_blocks(D: int) -> dict[str, int]:
-    """Blocks of the kernels that walk over rows: about 1024 numbers a program."""
-    block_d = min(triton.next_power_of_2(D), 1024)
-    return {"BLOCK_N": max(1, 1024 // block_d), "BLOCK_D": block_d}
 
 
 def prepare(z1: Tensor, z2: Tensor, normalize: bool, tile: int, DP: int) -> tuple[Tensor, Tensor, Tensor]:

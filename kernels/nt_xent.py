@@ -15,31 +15,31 @@ import torch
 import triton
 import triton.language as tl
 from ssl_fast.kernels._common import (
+    LN2,
     Config,
     arch,
+    chunks,
     dot,
     dot_precision,
     load_temperature,
     multiprocessors,
     pick,
+    product,
     rounded,
+    row_blocks,
     split_count,
 )
 from ssl_fast.kernels._nt_xent_rows import (
-    LN2,
     SAFE_TEMPERATURE,
     bwd_finish_kernel,
     bwd_rows_kernel,
     fwd_rows_kernel,
     masked,
     prepare,
-    row_blocks,
     store_losses,
     weights_kernel,
 )
 from torch import Tensor
-
-CHUNK_BYTES = 64 << 20  # of fp32 logits held at a time on the chunked path
 
 # (arch, bytes of an operand, DP up to): Config. Not yet measured on a GPU; chosen to compile without spills.
 FWD_CONFIGS = {
@@ -423,18 +423,6 @@ def _key(z: Tensor) -> tuple[int, int, int]:
     return arch(z.device), z.element_size(), max(64, triton.next_power_of_2(z.shape[1]))
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32 whatever the operands; cuBLAS follows torch.backends.cuda.matmul for fp32 ones."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _chunks(MP: int) -> list[slice]:
-    rows = max(128, CHUNK_BYTES // (4 * MP) // 128 * 128)
-    return [slice(start, min(start + rows, MP)) for start in range(0, MP, rows)]
-
-
 def nt_xent_fwd(
     z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, reduction: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -483,8 +471,8 @@ def _fwd_chunked(z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool) -
     N = len(z1)
     zhat, _, pos = prepare(z1, z2, normalize, 16, _width(z1))
     out = tuple(pos.new_empty(2 * N) for _ in range(4))
-    for rows in _chunks(len(zhat)):
-        s = _product(zhat[rows], zhat.T)
+    for rows in chunks(len(zhat), len(zhat)):
+        s = product(zhat[rows], zhat.T)
         fwd_rows_kernel[(len(s),)](s, pos, temperature, *out, N, rows.start, s.shape[1], BLOCK=2048)
     return out
 
@@ -528,13 +516,13 @@ def _bwd(
         )  # fmt: skip
     else:
         splits, acc = 1, lse.new_empty(MP, DP)
-        for rows in _chunks(MP):
-            s = _product(zhat[rows], zhat.T)
+        for rows in chunks(MP, MP):
+            s = product(zhat[rows], zhat.T)
             w = s if zhat.dtype == s.dtype else torch.empty_like(s, dtype=zhat.dtype)
             bwd_rows_kernel[(len(s), triton.cdiv(MP, 1024))](
                 s, weight, lse2, temperature, w, N, rows.start, MP, BLOCK=1024
             )
-            acc[rows] = _product(w, zhat)
+            acc[rows] = product(w, zhat)
     dz1, dz2 = (z1.new_empty(N, D) for _ in range(2))
     blocks = row_blocks(D)
     bwd_finish_kernel[(triton.cdiv(N, blocks["BLOCK_N"]),)](

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = (80, 90, 100)
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may take
-MATRIX_KERNELS = {"_fwd_kernel", "_bwd_kernel"}
+MATRIX_KERNELS = {"_fwd_kernel", "_bwd_kernel", "_one_pass_kernel"}
 
 
 def launch_nt_xent(module, complete):
@@ -45,7 +45,36 @@ def launch_nt_xent(module, complete):
         module.nt_xent_bwd(rows, rows, z, z, torch.tensor(0.1), rows, rows, normalize)
 
 
-LAUNCHES = {"nt_xent": launch_nt_xent}
+def launch_info_nce(module, complete):
+    """All launchers over the dtypes, what rows may not see, and both paths; the fused one over its tables."""
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    N, K = 256, 512
+    ids = torch.zeros(N, dtype=torch.int64), torch.zeros(K, dtype=torch.int64)
+    hidden = [(None, None, None), (None, None, 0), (*ids, None), (*ids, 0)]
+    rows, columns, t = torch.zeros(6, N), torch.zeros(4, K), torch.tensor(0.1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, y = torch.zeros(N, 64, dtype=dtype), torch.zeros(K, 64, dtype=dtype)
+        for seen in hidden:
+            for normalize in (True, False):
+                module.info_nce_fwd(x, y, t, *seen, normalize, True)
+                for column in (columns[0], None):
+                    module.info_nce_bwd(rows[0], column, x, y, t, rows[:4], columns, *seen, normalize)
+        module.sup_con_fwd(x, ids[0], t, True)
+        module.sup_con_bwd(rows[0], rows[0], x, ids[0], t, rows, True)
+    cases = [(torch.bfloat16, 128, hidden[0]), (torch.float16, 256, hidden[3]), (torch.float32, 128, hidden[0])]
+    if complete:
+        widths = (50, 64, 100, 128, 200, 256)
+        cases += [(d, w, h) for d in (torch.float32, torch.bfloat16, torch.float16) for w in widths for h in hidden]
+    matmul.fp32_precision = "tf32"
+    for dtype, width, seen in cases:
+        x, y = torch.zeros(N, width, dtype=dtype), torch.zeros(K, width, dtype=dtype)
+        for normalize in (True, False) if complete else (True,):
+            module.info_nce_one_pass(x, y, t, *seen, normalize)
+
+
+LAUNCHES = {"nt_xent": launch_nt_xent, "info_nce": launch_info_nce}
 
 
 # ---- in the process without the interpreter
@@ -91,7 +120,7 @@ def ast_source(kernel, arguments):
     import torch
     from triton.compiler import ASTSource
 
-    pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+    pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
     signature, constants, attrs = {}, {}, {}
     for index, param in enumerate(kernel.params):
         value = arguments[param.name]

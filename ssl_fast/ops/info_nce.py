@@ -212,7 +212,7 @@ info_nce_fwd = Op(
     _fwd_reference,
     fake=_fwd_fake,
     native={"cpu": HALF_AND_FLOAT},
-    triton=None,
+    triton="ssl_fast.kernels.info_nce:info_nce_fwd",
     decides="x",
 )
 info_nce_bwd = Op(
@@ -221,7 +221,7 @@ info_nce_bwd = Op(
     _bwd_reference,
     fake=_bwd_fake,
     native={"cpu": HALF_AND_FLOAT},
-    triton=None,
+    triton="ssl_fast.kernels.info_nce:info_nce_bwd",
     decides="x",
 )
 info_nce_one_pass = Op(
@@ -230,7 +230,7 @@ info_nce_one_pass = Op(
     _one_pass_reference,
     fake=_one_pass_fake,
     native={"cpu": HALF_AND_FLOAT},
-    triton=None,
+    triton="ssl_fast.kernels.info_nce:info_nce_one_pass",
     decides="x",
 )
 sup_con_fwd = Op(
@@ -238,7 +238,7 @@ sup_con_fwd = Op(
     _sup_con_fwd_reference,
     fake=lambda z, *_: z.new_empty(6, z.shape[0], dtype=accumulator(z)),
     native={"cpu": HALF_AND_FLOAT},
-    triton=None,
+    triton="ssl_fast.kernels.info_nce:sup_con_fwd",
     decides="z",
 )
 sup_con_bwd = Op(
@@ -247,7 +247,7 @@ sup_con_bwd = Op(
     _sup_con_bwd_reference,
     fake=lambda grad_lse, grad_positives, z, *_: z.new_empty(z.shape),
     native={"cpu": HALF_AND_FLOAT},
-    triton=None,
+    triton="ssl_fast.kernels.info_nce:sup_con_bwd",
     decides="z",
 )
 
