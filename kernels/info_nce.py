@@ -333,33 +333,43 @@ def _one_pass_chunked(
 # ---- SupCon
 
 
-def sup_con_fwd(z: Tensor, labels: Tensor, temperature: Tensor, normalize: bool) -> Tensor:
-    """Stats (6, M) of the rows: those of InfoNCE without the row itself, the sum of its positives' s, and their count.
+def sup_con_fwd(
+    z: Tensor, labels: Tensor | None, ids: Tensor | None, temperature: Tensor, normalize: bool
+) -> Tensor:
+    """Stats (6, M) of the rows: those of InfoNCE without the row itself and rows of its id, and over rows of its label
+    the sum of s, and their count.
 
-    z (M, D) fp16, bf16 or fp32; labels (M,) int64; temperature () fp32.
+    z (M, D) fp16, bf16 or fp32; labels or ids (M,) int64, one of them; temperature () fp32.
     """
     M = len(z)
-    hidden = _hidden(M, M, labels, labels, 0)
-    stats = temperature.new_empty(6, M)
+    kinds = ids if labels is None else labels
+    hidden = _hidden(M, M, kinds, kinds, 0)
+    stats = temperature.new_zeros(6, M)
     with torch.cuda.device_of(z):
         zhat, _ = prepare(z, normalize)
         for rows, s in _similarities(zhat, zhat, M):
-            _set_rows(stats, s, rows.start, M, temperature, hidden, positives=True)
+            _set_rows(stats, s, rows.start, M, temperature, hidden, positives=labels is not None)
     return stats
 
 
 def sup_con_bwd(
-    grad_lse: Tensor, grad_positives: Tensor, z: Tensor, labels: Tensor, temperature: Tensor, stats: Tensor,
-    normalize: bool,
+    grad_lse: Tensor, grad_positives: Tensor | None, z: Tensor, labels: Tensor | None, ids: Tensor | None,
+    temperature: Tensor, stats: Tensor, normalize: bool,
 ) -> Tensor:  # fmt: skip
     """dz (M, D) in z's dtype from the gradients (M,) of lse and of the positives' sums, and the forward's stats."""
     M = len(z)
-    hidden = _hidden(M, M, labels, labels, 0)
+    kinds = ids if labels is None else labels
+    hidden = _hidden(M, M, kinds, kinds, 0)
     with torch.cuda.device_of(z):
         zhat, norm = prepare(z, normalize)
-        positive = grad_positives * temperature  # finish() divides all of W by it
-        scale = _stretch(z, 2 * (grad_lse.abs().amax() + positive.abs().amax()))
-        if scale is not None:
+        largest = grad_lse.abs().amax()
+        positive = None
+        if labels is not None:
+            # finish() divides all of W by the temperature.
+            positive = torch.zeros_like(grad_lse) if grad_positives is None else grad_positives * temperature
+            largest = largest + positive.abs().amax()
+        scale = _stretch(z, 2 * largest)
+        if scale is not None and positive is not None:
             positive = positive * scale
         column = weights(grad_lse, stats, scale)
         dzhat = temperature.new_empty(zhat.shape)

@@ -61,8 +61,8 @@ def launch_info_nce(module, complete):
                 module.info_nce_fwd(x, y, t, *seen, normalize, True)
                 for column in (columns[0], None):
                     module.info_nce_bwd(rows[0], column, x, y, t, rows[:4], columns, *seen, normalize)
-        module.sup_con_fwd(x, ids[0], t, True)
-        module.sup_con_bwd(rows[0], rows[0], x, ids[0], t, rows, True)
+        module.sup_con_fwd(x, ids[0], None, t, True)
+        module.sup_con_bwd(rows[0], rows[0], x, ids[0], None, t, rows, True)
     cases = [(torch.bfloat16, 128, hidden[0]), (torch.float16, 256, hidden[3]), (torch.float32, 128, hidden[0])]
     if complete:
         widths = (50, 64, 100, 128, 200, 256)
