@@ -333,9 +333,7 @@ def _one_pass_chunked(
 # ---- SupCon
 
 
-def sup_con_fwd(
-    z: Tensor, labels: Tensor | None, ids: Tensor | None, temperature: Tensor, normalize: bool
-) -> Tensor:
+def sup_con_fwd(z: Tensor, labels: Tensor | None, ids: Tensor | None, temperature: Tensor, normalize: bool) -> Tensor:
     """Stats (6, M) of the rows: those of InfoNCE without the row itself and rows of its id, and over rows of its label
     the sum of s, and their count.
 

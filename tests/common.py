@@ -33,3 +33,12 @@ def assert_close(name: str, value: Tensor, truth: Tensor, plain: Tensor | None, 
     theirs = 0.0 if plain is None else error(plain, truth)
     limit = floor + (2 * theirs if theirs < float("inf") else 0.0)
     assert ours <= limit, f"{name}: error {ours:.2e}, allowed {limit:.2e} (plain PyTorch {theirs:.2e})"
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> list[Tensor]:
+    """Normal random numbers, with a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(s, generator=generator, dtype=torch.float64) * scale).to(DEVICE, dtype).requires_grad_()
+        for s in shapes
+    ]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import DEVICE, FLOOR, assert_close, backends
+from common import DEVICE, FLOOR, assert_close, backends, tensors
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional as F
@@ -122,14 +122,6 @@ def check(
             assert a.abs().max() <= FLOOR[dtype] * terms + 2 * c.abs().max(), name
         else:
             assert_close(name, a, b, c, dtype)
-
-
-def tensors(*shapes: tuple[int, ...], dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(s, generator=generator, dtype=torch.float64) * scale).to(DEVICE, dtype).requires_grad_()
-        for s in shapes
-    ]
 
 
 def temperature(t: float, dtype: torch.dtype) -> Tensor:

@@ -229,7 +229,7 @@ info_nce_one_pass = Op(
     "bool normalize) -> (Tensor, Tensor)",
     _one_pass_reference,
     fake=_one_pass_fake,
-    native={"cpu": HALF_AND_FLOAT},
+    native={"cpu": HALF_AND_FLOAT, "cuda": HALF_AND_FLOAT},
     triton="ssl_fast.kernels.info_nce:info_nce_one_pass",
     decides="x",
 )
