@@ -175,6 +175,12 @@ def test_all_kinds_of_negatives_at_once_with_groups(backend, dtype):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 9, (N,), generator=generator).to(DEVICE) * 2**40
     key_ids = torch.randint(0, 9, (K,), generator=generator).to(DEVICE) * 2**40
+    torch.testing.assert_close(  # of any integer type
+        info_nce(q, k, negatives, group_ids=ids, negative_group_ids=key_ids),
+        info_nce(
+            q, k, negatives, group_ids=(ids // 2**40).int(), negative_group_ids=(key_ids // 2**40).to(torch.uint8)
+        ),
+    )
     for learned in (True, False):
         n = negatives.detach().requires_grad_(learned)
         check(

@@ -210,13 +210,16 @@ def check_options(
         )
 
 
-def check_per_row(name: str, values: Tensor | None, count: int, device: torch.device, *, integer: bool) -> None:
-    """None, or (count,) on a device."""
+def check_per_row(
+    name: str, values: Tensor | None, count: int, device: torch.device, *, integer: bool
+) -> Tensor | None:
+    """None, or (count,) on a device; integers come back as int64."""
     if values is None:
-        return
+        return None
     kind = "integers" if integer else "numbers"
     if not isinstance(values, Tensor) or values.shape != (count,) or (integer and values.is_floating_point()):
         got = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"{name}: got {got}, allowed: a tensor of {kind}, one for each row, of shape ({count},)")
     if values.device != device:
         raise ValueError(f"{name}: got device {values.device}, allowed: that of the embeddings, {device}")
+    return values.long() if integer else values

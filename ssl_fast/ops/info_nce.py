@@ -444,7 +444,7 @@ def info_nce(
     N, device = len(query), query.device
     t = _losses.check_temperature(temperature, query)
     _losses.check_options(reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, group_ids=group_ids)
-    _losses.check_per_row("group_ids", group_ids, N, device, integer=True)
+    group_ids = _losses.check_per_row("group_ids", group_ids, N, device, integer=True)
     _losses.check_per_row("sample_weight", sample_weight, N, device, integer=False)
     if in_batch is None:
         in_batch = negative_keys is None and paired_negative_keys is None
@@ -473,7 +473,7 @@ def info_nce(
                 + f", allowed: ids of the queries as group_ids (N={N}) and of the keys as negative_group_ids (K={K}), "
                 "or neither"
             )  # fmt: skip
-        _losses.check_per_row("negative_group_ids", negative_group_ids, K, device, integer=True)
+        negative_group_ids = _losses.check_per_row("negative_group_ids", negative_group_ids, K, device, integer=True)
         ids = (group_ids, negative_group_ids)
         lses.append(log_sum_exp(query, negative_keys, t, x_ids=ids[0], y_ids=ids[1], normalize=normalize))
         same = 0 if group_ids is None or negative_group_ids is None else matches(group_ids, negative_group_ids)
@@ -610,7 +610,7 @@ def clip(
     image, text = _losses.check_embeddings("image_features", image_features, "text_features", text_features)
     N = len(image)
     _losses.check_options(reduction, label_smoothing=label_smoothing, group_ids=group_ids)
-    _losses.check_per_row("group_ids", group_ids, N, image.device, integer=True)
+    group_ids = _losses.check_per_row("group_ids", group_ids, N, image.device, integer=True)
     _losses.check_per_row("sample_weight", sample_weight, N, image.device, integer=False)
     if not isinstance(logit_scale, Tensor) and not logit_scale > 0:
         raise ValueError(f"logit_scale: got {logit_scale}, allowed: a float above 0, such as 1 / 0.07")
@@ -738,17 +738,17 @@ def sup_con(
     )
     z, _ = _losses.check_embeddings("embeddings", z, "embeddings", z)
     images = len(z) // views
-    if labels is None:
-        raise ValueError("labels: got None with embeddings (M, D), allowed: (M,) integers, or embeddings (N, V, D)")
     t = _losses.check_temperature(temperature, z)
     _losses.check_options(reduction)
-    _losses.check_per_row("labels", labels, images, z.device, integer=True)
+    labels = _losses.check_per_row("labels", labels, images, z.device, integer=True)
+    if labels is None:
+        raise ValueError("labels: got None with embeddings (M, D), allowed: (M,) integers, or embeddings (N, V, D)")
     _losses.check_per_row("sample_weight", sample_weight, images, z.device, integer=False)
     if views > 1:
         labels = labels.repeat_interleave(views)
         sample_weight = None if sample_weight is None else sample_weight.repeat_interleave(views)
 
-    lse, positives, count = _SupCon.apply(z, labels.long(), None, t, normalize)
+    lse, positives, count = _SupCon.apply(z, labels, None, t, normalize)
     has = count > 0
     loss = torch.where(has, lse - positives / (count.clamp(min=1) * positive(t)), 0)
     if reduction == "none":

@@ -213,10 +213,10 @@ def nt_xent(
     if label_smoothing or decoupled or tau_plus or group_ids is not None or sample_weight is not None:
         N, device = len(z1), z1.device
         _losses.check_options(reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, group_ids=group_ids)
-        _losses.check_per_row("group_ids", group_ids, N, device, integer=True)
+        group_ids = _losses.check_per_row("group_ids", group_ids, N, device, integer=True)
         _losses.check_per_row("sample_weight", sample_weight, N, device, integer=False)
         z = torch.cat([z1, z2])
-        ids = (torch.arange(N, device=device) if group_ids is None else group_ids.long()).repeat(2)
+        ids = (torch.arange(N, device=device) if group_ids is None else group_ids).repeat(2)
         lse_neg = log_sum_exp_of_others(z, ids, t, normalize=normalize)
         z = to_rows(z, normalize)
         pos = _similarity_of_pairs(z)
