@@ -2,7 +2,8 @@
 
 Both are plain shared libraries that torch.ops.load_library opens: one binary serves every torch from 2.10 and every
 Python. Without torch, a compiler or nvcc the package installs all the same, and the reason is kept in
-ssl_fast/_build.json for `python -m ssl_fast.info`.
+ssl_fast/_build.json for `python -m ssl_fast.info`. CXX and NVCC name other compilers, SSL_FAST_CUDA_ARCHS="80 90" other
+compute capabilities.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -24,7 +27,7 @@ CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shu
 NVCC = os.environ.get("NVCC") or shutil.which("nvcc")
 STABLE = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-std=c++20", "-O3"]
 # Compute capabilities that the library carries machine code for; PTX of the last serves later ones.
-CUDA_ARCHS = ["80", "90", "100"]
+CUDA_ARCHS = os.environ.get("SSL_FAST_CUDA_ARCHS", "80 90 100").split()
 
 
 def sources(suffix: str) -> list[str]:
@@ -54,32 +57,23 @@ def why_not() -> dict[str, str]:
     return reasons
 
 
-def command(name: str, output: str) -> list[str]:
-    """The compiler's command line for one library."""
+def commands(name: str, folder: Path, output: Path) -> tuple[list[list[str]], list[str]]:
+    """The compiler's command lines for one library: one for each source, and the one that links their objects."""
     torch = torch_folder()
     assert torch is not None
     include = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
     link = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     if name == "_C_cpu":
-        return [
-            CXX,
-            "-shared",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-Wno-psabi",
-            *STABLE,
-            *include,
-            *sources(".cpp"),
-            "-o",
-            output,
-            *link,
-        ]
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
-    codes.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
-    if list((torch / "lib").glob("libtorch_cuda.so")):
-        link.append("-ltorch_cuda")
-    options = ["-shared", "-Xcompiler=-fPIC", "-DUSE_CUDA", "--threads=0"]
-    return [NVCC, *options, *STABLE, *codes, *include, *sources(".cu"), "-o", output, *link]
+        compiler, suffix, options = CXX, ".cpp", ["-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
+    else:
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
+        codes.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
+        compiler, suffix, options = NVCC, ".cu", ["-Xcompiler=-fPIC", "-DUSE_CUDA", "--threads=0", *codes]
+        if list((torch / "lib").glob("libtorch_cuda.so")):
+            link.append("-ltorch_cuda")
+    objects = {source: str(folder / f"{Path(source).name}.o") for source in sources(suffix)}
+    compile_ = [[compiler, "-c", *options, *STABLE, *include, source, "-o", to] for source, to in objects.items()]
+    return compile_, [compiler, "-shared", *objects.values(), "-o", str(output), *link]
 
 
 def extensions() -> list[Extension]:
@@ -91,10 +85,16 @@ def extensions() -> list[Extension]:
     ]
 
 
+def failure(command: list[str]) -> str | None:
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return (result.stderr.strip() or f"the compiler ended with {result.returncode}") if result.returncode else None
+
+
 class BuildLibraries(build_ext):
-    """One compiler call a library. A library that does not compile becomes a reason, not a failed install."""
+    """All sources at a time. A library that does not compile becomes a reason, not a failed install."""
 
     def run(self) -> None:
+        self.parallel = True
         self.failed: dict[str, str] = {}
         super().run()
         note(self.folder(), why_not() | self.failed)
@@ -107,11 +107,12 @@ class BuildLibraries(build_ext):
         name = ext.name.rpartition(".")[2]
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        result = subprocess.run(command(name, str(output)), cwd=ROOT, capture_output=True, text=True)
-        if result.returncode:
-            message = result.stderr.strip() or f"the compiler ended with {result.returncode}"
-            self.warn(f"ssl_fast installs without {name}:\n{message}")
-            self.failed[name] = f"did not compile: {message.splitlines()[0]}"
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+            compile_, link = commands(name, Path(folder), output)
+            failed = next(filter(None, pool.map(failure, compile_)), None) or failure(link)
+        if failed:
+            self.warn(f"ssl_fast installs without {name}:\n{failed}")
+            self.failed[name] = f"did not compile: {failed.splitlines()[0]}"
 
     def copy_extensions_to_source(self) -> None:
         self.extensions = [e for e in self.extensions if e.name.rpartition(".")[2] not in self.failed]
