@@ -15,8 +15,8 @@ namespace ssl_fast::contrast {
 
 constexpr float kNormEps = 1e-12f;  // F.normalize's
 
-// With unit rows, down to this temperature no exp((s - 1) / t) is lost to underflow: the shift 1 / t serves every row.
-constexpr float kFixedShiftTemperature = 0.025f;
+// Where 1 and every |s| are at most 40 t, no exp((s - 1) / t) underflows or overflows: the shift 1 / t serves every row.
+constexpr float kFixedShiftRange = 40;
 
 // Multiply-adds of S below which waking a second thread takes longer than it saves.
 constexpr int64_t kWorthThreads = int64_t{1} << 20;
@@ -95,6 +95,25 @@ class Matrix {
 
   ScalarType dtype() const { return dtype_; }
 
+  // At least the length of every row as it is read.
+  float largest_norm() const {
+    if (normalize_) return 1;
+    std::vector<float> of_block(blocks.count);
+    torch::stable::parallel_for(0, blocks.count, 8, [&](int64_t begin, int64_t end) {
+      std::vector<float> z(row_stride(dims));
+      for (int64_t b = begin; b < end; ++b)
+        for (int64_t r = 0; r < blocks.rows(b); ++r) {
+          read_row(blocks.first(b) + r, z.data());
+          const float squares = dot(z.data(), z.data(), dims);
+          if (!(squares <= of_block[b])) of_block[b] = squares;  // NaN stays
+        }
+    });
+    float largest = 0;
+    for (float squares : of_block)
+      if (!(squares <= largest)) largest = squares;
+    return std::sqrt(largest);
+  }
+
   Blocks blocks;
   int64_t dims;
 
@@ -121,19 +140,24 @@ class Matrix {
   bool normalize_;
 };
 
-// What a loss derives from its temperature and embeddings.
+// What a loss derives from its temperature and the dtype of its embeddings.
 struct Scale {
-  Scale(const Tensor& temperature, const Tensor& z, bool normalize) : engine(choose_engine(z.scalar_type())) {
+  Scale(const Tensor& temperature, ScalarType dtype) : engine(choose_engine(dtype)) {
     STD_TORCH_CHECK(temperature.is_cpu() && temperature.scalar_type() == ScalarType::Float && temperature.numel() == 1,
                     "contrastive loss (native CPU): temperature must be one float32 on the CPU");
     t = *static_cast<const float*>(temperature.data_ptr());
     scale = kLog2E / t;
-    fixed_shift = normalize && t >= kFixedShiftTemperature;
+  }
+
+  // bound() >= |s| for all similarities; looked at where t is large enough. NaN gives false.
+  template <class Bound>
+  void choose_shift(const Bound& bound) {
+    fixed_shift = 1 <= kFixedShiftRange * t && bound() <= kFixedShiftRange * t;
   }
 
   Engine engine;
   float t, scale;
-  bool fixed_shift;
+  bool fixed_shift = false;
 };
 
 // z of the blocks of a matrix, packed as the engine reads it:

@@ -77,20 +77,22 @@ struct LeftOut {
 
 struct Problem : Scale {
   Problem(const Tensor& x, const Tensor& y, const Tensor& temperature, bool normalize)
-      : Scale(temperature, check(x, y), normalize),
+      : Scale(temperature, check(x, y)),
         x(x, normalize),
         y(y, normalize),
         n(x.size(0)),
         k(y.size(0)),
         dims(x.size(1)),
-        threads(n * k * dims < kWorthThreads ? 1 : torch::stable::get_num_threads()) {}
+        threads(n * k * dims < kWorthThreads ? 1 : torch::stable::get_num_threads()) {
+    choose_shift([&] { return this->x.largest_norm() * this->y.largest_norm(); });
+  }
 
-  static const Tensor& check(const Tensor& x, const Tensor& y) {
+  static ScalarType check(const Tensor& x, const Tensor& y) {
     STD_TORCH_CHECK(x.is_cpu() && y.is_cpu() && x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) &&
                         x.size(0) > 0 && y.size(0) > 0 && x.size(1) > 0,
                     "info_nce (native CPU): x and y must be (N, D) and (K, D), N, K and D >= 1, on the CPU");
     STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "info_nce (native CPU): x and y must have one dtype");
-    return x;
+    return x.scalar_type();
   }
 
   Matrix x, y;

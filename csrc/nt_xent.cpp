@@ -18,12 +18,17 @@ namespace {
 // the same place in blocks b and b + half.
 struct Problem : Scale {
   Problem(const Tensor& z1, const Tensor& z2, const Tensor& temperature, bool normalize)
-      : Scale(temperature, check(z1, z2), normalize),
+      : Scale(temperature, check(z1, z2)),
         halves{{z1, normalize}, {z2, normalize}},
         n(z1.size(0)),
         dims(z1.size(1)),
         half(halves[0].blocks.count),
-        threads(4 * n * n * dims < kWorthThreads ? 1 : torch::stable::get_num_threads()) {}
+        threads(4 * n * n * dims < kWorthThreads ? 1 : torch::stable::get_num_threads()) {
+    choose_shift([&] {
+      const float largest = std::max(halves[0].largest_norm(), halves[1].largest_norm());
+      return largest * largest;
+    });
+  }
 
   const Matrix& matrix(int64_t b) const { return halves[b / half]; }
   int rows(int64_t b) const { return matrix(b).blocks.rows(b % half); }
@@ -36,12 +41,12 @@ struct Problem : Scale {
   int diagonal(const Pair& pair) const { return pair.i == pair.j || pair.i + half == pair.j ? 0 : kNoDiagonal; }
   Tournament pairs() const { return {2 * half}; }
 
-  static const Tensor& check(const Tensor& z1, const Tensor& z2) {
+  static ScalarType check(const Tensor& z1, const Tensor& z2) {
     STD_TORCH_CHECK(z1.is_cpu() && z2.is_cpu() && z1.dim() == 2 && z2.dim() == 2 && z1.size(0) == z2.size(0) &&
                         z1.size(1) == z2.size(1) && z1.size(0) > 0 && z1.size(1) > 0,
                     "nt_xent (native CPU): z1 and z2 must have one shape (N, D), N >= 1, D >= 1, on the CPU");
     STD_TORCH_CHECK(z1.scalar_type() == z2.scalar_type(), "nt_xent (native CPU): z1 and z2 must have one dtype");
-    return z1;
+    return z1.scalar_type();
   }
 
   Matrix halves[2];
