@@ -3,7 +3,7 @@
 Both are plain shared libraries that torch.ops.load_library opens: one binary serves every torch from 2.10 and every
 Python. Without torch, a compiler or nvcc the package installs all the same, and the reason is kept in
 ssl_fast/_build.json for `python -m ssl_fast.info`. CXX and NVCC name other compilers, SSL_FAST_CUDA_ARCHS="80 90" other
-compute capabilities.
+compute capabilities; empty, it leaves the CUDA library out.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def why_not() -> dict[str, str]:
         reasons["_C_cpu"] = "no C++ compiler at build time; install g++ or clang++, then reinstall"
     if NVCC is None:
         reasons["_C_cuda"] = "no nvcc at build time; install the CUDA toolkit, then reinstall"
-    elif not sources(".cu"):
-        reasons["_C_cuda"] = "no CUDA sources"
+    elif not CUDA_ARCHS:
+        reasons["_C_cuda"] = "SSL_FAST_CUDA_ARCHS was empty at build time"
     return reasons
 
 
