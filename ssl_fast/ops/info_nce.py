@@ -256,7 +256,10 @@ sup_con_bwd = Op(
 
 
 class _LogSumExp(torch.autograd.Function):
-    """lse of the rows, (N,), and of the columns, (K,) or empty."""
+    """lse of the rows, (N,), of the columns, (K,) or empty, and with a diagonal of 0 and K = N, s_ii, (N,), or empty.
+
+    s_ii is here for its gradient's sake, which is added to the operator's where it lies; autograd would hold both.
+    """
 
     @staticmethod
     def forward(
@@ -269,18 +272,22 @@ class _LogSumExp(torch.autograd.Function):
         diagonal: int | None,
         normalize: bool,
         columns: bool,
-    ) -> tuple[Tensor, Tensor]:
+        pairs: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.backend = info_nce_fwd.backend_for(x)
-        ctx.diagonal, ctx.normalize, ctx.columns = diagonal, normalize, columns
+        ctx.diagonal, ctx.normalize, ctx.columns, ctx.pairs = diagonal, normalize, columns, pairs
         stats = info_nce_fwd(x, y, temperature, x_ids, y_ids, diagonal, normalize, columns, backend=ctx.backend)
-        ctx.save_for_backward(x, y, temperature, x_ids, y_ids, *stats)
+        pos = (to_rows(x, normalize) * to_rows(y, normalize)).sum(1) if pairs else stats[0].new_empty(0)
+        ctx.save_for_backward(x, y, temperature, x_ids, y_ids, *stats, pos)
         ctx.set_materialize_grads(False)
-        return stats[0][0].clone(), stats[1][0].clone()
+        return stats[0][0].clone(), stats[1][0].clone(), pos.clone()
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_lse: Tensor | None, grad_column_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, y, temperature, x_ids, y_ids, of_rows, of_columns = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_lse: Tensor | None, grad_column_lse: Tensor | None, grad_pos: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, y, temperature, x_ids, y_ids, of_rows, of_columns, pos = ctx.saved_tensors
         if grad_lse is None:
             grad_lse = torch.zeros_like(of_rows[0])
         if not ctx.columns:  # compiled, a gradient that nobody asked for is no None
@@ -291,12 +298,29 @@ class _LogSumExp(torch.autograd.Function):
                 grad_lse, grad_column_lse, x, y, temperature, of_rows, of_columns, x_ids, y_ids, ctx.diagonal,
                 ctx.normalize, backend=ctx.backend,
             )  # fmt: skip
+            if ctx.pairs and grad_pos is not None:
+                _add_pair_gradient(dx, dy, grad_pos, pos, x, y, ctx.normalize)
         if ctx.needs_input_grad[2]:
             dt = (grad_lse * of_rows[3]).sum()  # d lse / dt = -E_P[s] / t^2
             if grad_column_lse is not None:
                 dt = dt + (grad_column_lse * of_columns[3]).sum()
             dt = -dt / temperature**2
-        return dx, dy, dt, None, None, None, None, None
+        return dx, dy, dt, None, None, None, None, None, None
+
+
+def _add_pair_gradient(
+    dx: Tensor, dy: Tensor, grad: Tensor, pos: Tensor, x: Tensor, y: Tensor, normalize: bool
+) -> None:
+    """Add the gradients of s_ii = x_i . y_i, of unit rows where normalize, to dx and dy in place."""
+    if not normalize:
+        dx.addcmul_(y, grad[:, None])
+        dy.addcmul_(x, grad[:, None])
+        return
+    x_norm, y_norm = (torch.linalg.vector_norm(z, dim=1, dtype=pos.dtype) for z in (x, y))
+    cross = grad / (x_norm.clamp(min=1e-12) * y_norm.clamp(min=1e-12))
+    for dz, z, other, norm in ((dx, x, y, x_norm), (dy, y, x, y_norm)):
+        along = torch.where(norm < 1e-12, 0, grad * pos / norm**2)
+        dz.addcmul_(other, cross[:, None]).addcmul_(z, along[:, None], value=-1)
 
 
 class _OnePass(torch.autograd.Function):
@@ -381,7 +405,7 @@ def log_sum_exp(
     """(N,) log of the sum over the columns of exp(x_i . y_j / t), by whichever pass the gradients asked for allow."""
     if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
         return _OnePass.apply(x, y, temperature, x_ids, y_ids, diagonal, normalize)
-    return _LogSumExp.apply(x, y, temperature, x_ids, y_ids, diagonal, normalize, False)[0]
+    return _LogSumExp.apply(x, y, temperature, x_ids, y_ids, diagonal, normalize, False, False)[0]
 
 
 # ---- InfoNCE
@@ -619,12 +643,12 @@ def clip(
     )
     t = _losses.check_temperature(inverse, image)
 
-    image_hat, text_hat = to_rows(image, normalize), to_rows(text, normalize)
-    pos = (image_hat * text_hat).sum(1)
-    lses = _LogSumExp.apply(image, text, t, group_ids, group_ids, 0, normalize, True)
+    *lses, pos = _LogSumExp.apply(image, text, t, group_ids, group_ids, 0, normalize, True, True)
     losses = []
-    for lse, queries, keys in zip(lses, (image_hat, text_hat), (text_hat, image_hat), strict=True):
-        negative_sum = (queries * keys.sum(0)).sum(1) - pos if label_smoothing else None
+    for lse, queries, keys in zip(lses, (image, text), (text, image), strict=True):
+        negative_sum = None
+        if label_smoothing:
+            negative_sum = (to_rows(queries, normalize) * to_rows(keys, normalize).sum(0)).sum(1) - pos
         losses.append(
             _losses.row_loss(
                 lse - pos / positive(t),
