@@ -16,7 +16,8 @@ namespace ssl_fast::contrast {
 constexpr float kNormEps = 1e-12f;  // F.normalize's
 
 // Where 1 and every |s| are at most 40 t, no exp((s - 1) / t) underflows or overflows: the shift 1 / t serves every row.
-constexpr float kFixedShiftRange = 40;
+// Beside similarities much smaller than 1 it would round their mean away.
+constexpr float kFixedShiftRange = 40, kFixedShiftLeast = 0.5f;
 
 // Multiply-adds of S below which waking a second thread takes longer than it saves.
 constexpr int64_t kWorthThreads = int64_t{1} << 20;
@@ -152,7 +153,9 @@ struct Scale {
   // bound() >= |s| for all similarities; looked at where t is large enough. NaN gives false.
   template <class Bound>
   void choose_shift(const Bound& bound) {
-    fixed_shift = 1 <= kFixedShiftRange * t && bound() <= kFixedShiftRange * t;
+    if (!(1 <= kFixedShiftRange * t)) return;
+    const float largest = bound();
+    fixed_shift = kFixedShiftLeast <= largest && largest <= kFixedShiftRange * t;
   }
 
   Engine engine;

@@ -189,10 +189,10 @@ struct Weights {
     const float *const shifts = stat(stats, kShift), *const log_sum = stat(stats, kLogSum);
     for (int64_t i = 0; i < n; ++i) {
       if (shifts[i] == -std::numeric_limits<float>::infinity()) continue;  // sees nothing
-      weight[i] = g[i] / scale.t * std::exp(-log_sum[i]);
       shift[i] = shifts[i];
-      // The fixed shift is folded into the weight: |s / t| <= 40, so neither exponential nears the ends of fp32.
-      if (scale.fixed_shift) weight[i] *= std::exp(-shifts[i] / scale.t);
+      // The fixed shift is folded into the weight: |s / t| <= 40 bounds the sum of the two, if neither of them.
+      const float exponent = scale.fixed_shift ? log_sum[i] + shifts[i] / scale.t : log_sum[i];
+      weight[i] = g[i] / scale.t * std::exp(-exponent);
     }
   }
   std::vector<float> weight, shift;
@@ -319,7 +319,8 @@ std::tuple<Tensor, Tensor> info_nce_one_pass(Tensor x, Tensor y, Tensor temperat
   constexpr int64_t kTasks = 64;
   const int64_t blocks = p.x.blocks.count, parts = std::min(p.y.blocks.count, ceil_div(kTasks, blocks));
   const int64_t ld = p.engine.bf16 ? round_up(p.dims, 32) : p.dims;
-  Buffer<float> out(parts * blocks * kBlock * ld);
+  const int64_t out_size = (p.engine.bf16 ? kBlock : std::min<int64_t>(kBlock, p.n)) * ld;
+  Buffer<float> out(parts * blocks * out_size);
   std::vector<TileSums> sums(parts * blocks);
   const ProductOperands operands(p, p.x, p.y, Packed::kLeft);
   Failure failure;
@@ -340,7 +341,7 @@ std::tuple<Tensor, Tensor> info_nce_one_pass(Tensor x, Tensor y, Tensor temperat
         tile.rows = p.x.blocks.rows(i);
         tile.scale = p.scale;
         tile.i = &s;
-        tile.out = out.get() + task * kBlock * ld;
+        tile.out = out.get() + task * out_size;
         tile.ld_out = ld;
         tile.first = true;
         for (int64_t j = part * p.y.blocks.count / parts; j < (part + 1) * p.y.blocks.count / parts; ++j) {
@@ -369,7 +370,7 @@ std::tuple<Tensor, Tensor> info_nce_one_pass(Tensor x, Tensor y, Tensor temperat
           const TileSums& s = sums[part * blocks + i];
           if (s.sum[r] == 0) continue;
           const float share = std::exp2((s.max[r] - merged.max[r]) * p.scale) / merged.sum[r];
-          const float* const from = out.get() + ((part * blocks + i) * kBlock + r) * ld;
+          const float* const from = out.get() + (part * blocks + i) * out_size + r * ld;
           for (int64_t d = 0; d < p.dims; ++d) to[d] += share * from[d];
         }
       }

@@ -429,6 +429,54 @@ def test_options_against_their_formulas():
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opposite_rows_with_a_large_upstream_gradient(backend):
+    """Similarities of -1 at the lowest temperature of the fixed shift, under GradScaler's 2^16."""
+    a = torch.randn(1, 8, generator=torch.Generator().manual_seed(0)).repeat(3, 1).to(DEVICE).requires_grad_()
+    b = (-a.detach()).requires_grad_()
+    with ssl_fast.backend(backend):
+        for loss in (clip(a, b, 40.0, normalize=True), info_nce(a, b, b, 0.025), sup_con(torch.cat([a, b]).flip(0)[:4],
+                     torch.arange(4, device=DEVICE) // 2, 0.025)):  # fmt: skip
+            assert torch.autograd.grad(loss * 2**16, a)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tiny_similarities(backend):
+    """A temperature's gradient is a difference of similarities: a shift of 1 would round those of 1e-8 away."""
+    q, k, n = (
+        x.detach().requires_grad_() for x in tensors((30, 16), (30, 16), (40, 16), dtype=torch.float32, scale=1e-4)
+    )
+    t = temperature(0.05, torch.float32)
+    losses = [
+        (lambda q, k, n, t: info_nce(q, k, n, t, normalize=False, reduction="none"),
+         lambda q, k, n, t: from_logits(*dense_info_nce(q, k, n, t, normalize=False))),
+        (lambda q, k, _, t: clip(q, k, 1 / t, reduction="none"), lambda q, k, _, t: dense_clip(q, k, t)),
+    ]  # fmt: skip
+    for ours, theirs in losses:
+        with ssl_fast.backend(backend):
+            value = torch.autograd.grad(ours(q, k, n, t).sum(), t)[0]
+        wide = [x.detach().double().requires_grad_() for x in (q, k, n, t)]
+        truth = torch.autograd.grad(theirs(*wide).sum(), wide[3])[0]
+        torch.testing.assert_close(value.double(), truth, rtol=1e-3, atol=0)
+
+
+def test_a_row_without_negatives_is_no_loss_when_decoupled():
+    q, k, n = tensors((3, 5), (3, 5), (4, 5), dtype=torch.float32)
+    ids, key_ids = torch.tensor([0, 1, 2], device=DEVICE), torch.zeros(4, dtype=torch.long, device=DEVICE)
+    loss = info_nce(q, k, n, decoupled=True, group_ids=ids, negative_group_ids=key_ids, reduction="none")
+    assert loss[0] == 0 and loss[1:].isfinite().all()
+    assert torch.autograd.grad(loss.sum(), q)[0][0].abs().max() == 0
+
+
+def test_a_queue_may_be_written_over_where_only_the_temperature_learns():
+    q, k, n = (x.detach() for x in tensors((3, 5), (3, 5), (4, 5), dtype=torch.float32))
+    t = temperature(0.1, torch.float32)
+    expected = torch.autograd.grad(info_nce(q, k, n, t), t)[0]
+    loss = info_nce(q, k, n, t)
+    n.zero_()
+    assert torch.equal(torch.autograd.grad(loss, t)[0], expected)
+
+
 def test_debiased_rows_at_the_floor_have_finite_gradients():
     q = torch.eye(4, 8, device=DEVICE).requires_grad_()
     negatives = -torch.eye(4, 8, device=DEVICE)
@@ -606,6 +654,10 @@ Q = torch.ones(4, 3)
         (lambda: info_nce(Q, Q, sample_weight=torch.ones(3)), r"sample_weight: got torch.float32 \(3,\)"),
         (lambda: info_nce(Q, Q, Q, group_ids=torch.ones(4).long()), "negative_group_ids: got None"),
         (lambda: info_nce(Q.long(), Q), "query: got torch.int64, allowed: float16"),
+        (lambda: info_nce(Q, Q, paired_negative_keys=Q[:, None], group_ids=Q[:, 0].long()), "group_ids: got ids with"),
+        (lambda: info_nce(Q, Q, negative_group_ids=torch.ones(4).long()), "negative_group_ids: got ids without"),
+        (lambda: clip(Q, Q, "a"), "logit_scale: got 'a', allowed: a float above 0"),
+        (lambda: clip(Q, Q, torch.ones(2)), r"logit_scale: got shape \(2,\)"),
         (lambda: InfoNCE(negative_mode="pared"), "negative_mode: got 'pared', allowed: 'unpaired', 'paired'"),
         (lambda: clip(Q, Q, -1.0), "logit_scale: got -1.0, allowed: a float above 0"),
         (lambda: CLIPLoss(world_size=2), "world_size: got 2, allowed: 1"),

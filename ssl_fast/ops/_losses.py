@@ -105,7 +105,8 @@ def row_loss(
     """
     if tau_plus:
         d = _debiased(d, pos, temperature, torch.as_tensor(negatives, dtype=d.dtype, device=d.device), tau_plus)
-    loss = d if decoupled else torch.logaddexp(d, torch.zeros_like(d))
+    # A row that sees no negative has nothing to learn from: softplus says 0, and so does the decoupled form.
+    loss = torch.where(d == -torch.inf, 0, d) if decoupled else torch.logaddexp(d, torch.zeros_like(d))
     if label_smoothing and negative_sum is not None:
         mean = (pos + negative_sum) / (negatives + 1)
         loss = loss + label_smoothing * (pos - mean) / temperature

@@ -402,8 +402,8 @@ def log_sum_exp(
     diagonal: int | None = None,
     normalize: bool = True,
 ) -> Tensor:
-    """(N,) log of the sum over the columns of exp(x_i . y_j / t), by whichever pass the gradients asked for allow."""
-    if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+    """(N,) log of the sum over the columns of exp(x_i . y_j / t), in one pass where y needs no gradient."""
+    if not (torch.is_grad_enabled() and y.requires_grad):
         return _OnePass.apply(x, y, temperature, x_ids, y_ids, diagonal, normalize)
     return _LogSumExp.apply(x, y, temperature, x_ids, y_ids, diagonal, normalize, False, False)[0]
 
@@ -444,7 +444,7 @@ def info_nce(
         query, positive_key: (N, D), fp16, bf16, fp32 or fp64, any strides.
         negative_keys: (K, D), shared by all queries.
         temperature: a float above 0, or a tensor of one element, which gets a gradient.
-        paired_negative_keys: (N, M, D), for each query its own.
+        paired_negative_keys: (N, M, D), for each query its own; group_ids do not concern them.
         in_batch: whether the other queries' positives are negatives. Default: where no other negatives are given.
         normalize: divide every row by its L2 norm, as F.normalize.
         reduction: "mean" and "sum" give a scalar, "none" the losses (N,).
@@ -472,6 +472,13 @@ def info_nce(
     _losses.check_per_row("sample_weight", sample_weight, N, device, integer=False)
     if in_batch is None:
         in_batch = negative_keys is None and paired_negative_keys is None
+    if group_ids is not None and not in_batch and negative_keys is None:
+        raise ValueError(
+            "group_ids: got ids with paired_negative_keys alone, allowed: with negative_keys or in_batch=True; drop "
+            "false negatives from paired_negative_keys"
+        )
+    if negative_group_ids is not None and negative_keys is None:
+        raise ValueError("negative_group_ids: got ids without negative_keys, allowed: the ids of negative_keys")
 
     pos = (to_rows(query, normalize) * to_rows(positive_key, normalize)).sum(1)
     lses: list[Tensor] = []
@@ -479,7 +486,9 @@ def info_nce(
     negative_sum = torch.zeros_like(pos) if label_smoothing else None
 
     def total(keys: Tensor) -> Tensor:
-        return (to_rows(query, normalize) * to_rows(keys, normalize).sum(-2)).sum(1)
+        keys = to_rows(keys, False)
+        length = torch.linalg.vector_norm(keys, dim=1).clamp(min=1e-12) if normalize else keys.new_ones(len(keys))
+        return to_rows(query, normalize) @ (length.reciprocal() @ keys)
 
     if in_batch:
         lses.append(
@@ -506,6 +515,8 @@ def info_nce(
             negative_sum = negative_sum + total(negative_keys)
     if paired_negative_keys is not None:
         paired = paired_negative_keys
+        if not isinstance(paired, Tensor):
+            raise TypeError(f"paired_negative_keys: got {type(paired).__name__}, allowed: a torch.Tensor (N, M, D)")
         if paired.dim() != 3 or paired.shape[0] != N or paired.shape[2] != query.shape[1] or paired.shape[1] == 0:
             raise ValueError(
                 f"paired_negative_keys: got shape {tuple(paired.shape)}, allowed: (N, M, D) = "
@@ -636,12 +647,7 @@ def clip(
     _losses.check_options(reduction, label_smoothing=label_smoothing, group_ids=group_ids)
     group_ids = _losses.check_per_row("group_ids", group_ids, N, image.device, integer=True)
     _losses.check_per_row("sample_weight", sample_weight, N, image.device, integer=False)
-    if not isinstance(logit_scale, Tensor) and not logit_scale > 0:
-        raise ValueError(f"logit_scale: got {logit_scale}, allowed: a float above 0, such as 1 / 0.07")
-    inverse = (
-        1 / logit_scale if not isinstance(logit_scale, Tensor) else logit_scale.to(accumulator(image)).reciprocal()
-    )
-    t = _losses.check_temperature(inverse, image)
+    t = _losses.check_temperature(_inverse(logit_scale, image), image)
 
     *lses, pos = _LogSumExp.apply(image, text, t, group_ids, group_ids, 0, normalize, True, True)
     losses = []
@@ -661,8 +667,18 @@ def clip(
         )
     loss = (losses[0] + losses[1]) / 2
     if logit_bias is not None:
-        loss = loss + 0 * logit_bias.to(loss.dtype)
+        loss = loss + 0 * torch.as_tensor(logit_bias, dtype=loss.dtype, device=loss.device).reshape(())
     return _losses.reduce(loss, reduction, sample_weight)
+
+
+def _inverse(logit_scale: float | Tensor, z: Tensor) -> float | Tensor:
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1:
+            raise ValueError(f"logit_scale: got shape {tuple(logit_scale.shape)}, allowed: a tensor of one element")
+        return logit_scale.to(accumulator(z)).reciprocal()
+    if isinstance(logit_scale, bool) or not isinstance(logit_scale, (int, float)) or not 1e-30 < logit_scale < 1e30:
+        raise ValueError(f"logit_scale: got {logit_scale!r}, allowed: a float above 0, such as 1 / 0.07")
+    return 1 / logit_scale
 
 
 class CLIPLoss(nn.Module):
@@ -707,8 +723,9 @@ class CLIPLoss(nn.Module):
         logit_scale: float | Tensor,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        **per_call: Any,
     ) -> Any:
-        loss = clip(image_features, text_features, logit_scale, logit_bias, **self.options)
+        loss = clip(image_features, text_features, logit_scale, logit_bias, **self.options, **per_call)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -807,8 +824,8 @@ class SupConLoss(nn.Module):
         self.temperature = temperature
         self.options = options
 
-    def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
-        return sup_con(embeddings, labels, self.temperature, **self.options)
+    def forward(self, embeddings: Tensor, labels: Tensor | None = None, **per_call: Any) -> Tensor:
+        return sup_con(embeddings, labels, self.temperature, **self.options, **per_call)
 
     def extra_repr(self) -> str:
         t = self.temperature
