@@ -357,7 +357,8 @@ def test_a_second_derivative_raises():
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux" or nt_xent_fwd.reason("native", "cpu", torch.float32) is not None, reason=""
+    sys.platform != "linux" or nt_xent_fwd.reason("native", "cpu", torch.float32) is not None,
+    reason="needs RLIMIT_AS and the C++ library",
 )
 @pytest.mark.parametrize("threads", (1, 2))
 def test_a_failed_allocation_is_an_error_and_no_more(threads):
