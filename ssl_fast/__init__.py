@@ -1,6 +1,6 @@
 """ssl_fast: contrastive self-supervised learning that is fast, and takes large batches on little memory."""
 
-from ssl_fast import functional
+from ssl_fast import functional, nn
 from ssl_fast._op import backend
 from ssl_fast.methods.simclr import SimCLR
 from ssl_fast.ops.ema import ema_update_
@@ -20,5 +20,6 @@ __all__ = [
     "backend",
     "ema_update_",
     "functional",
+    "nn",
     "__version__",
 ]

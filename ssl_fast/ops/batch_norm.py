@@ -1,0 +1,674 @@
+"""Batch normalisation (Ioffe & Szegedy 2015, arXiv 1502.03167) with what follows it, the addition of a residual and an
+activation, in one operator each way:
+
+    u = weight * (x - mean) / sqrt(var + eps) + bias + residual        y = activation(u)
+
+over every dimension but that of the channels, 1. The backward recomputes u where it can, and keeps x alone; with a
+residual it keeps x and a bit an element, the sign of u.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_fast._op import HALF_AND_FLOAT, Op
+
+# As the kernels number them.
+ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4}
+IDENTITY, RELU, LEAKY_RELU, SILU, GELU = range(5)
+BY_SIGN = (RELU, LEAKY_RELU)  # whose derivative depends on u by its sign alone
+NEGATIVE_SLOPE = 0.01  # of leaky_relu, as torch's default
+DTYPES = (*HALF_AND_FLOAT, torch.float64)
+
+
+# ---- the layout that every backend shares
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and sums, and of what the kernels compute in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def channels_innermost(x: Tensor) -> bool:
+    """Whether a dense x is rows of channels in memory, (N L, C), rather than planes, (N C, L)."""
+    return math.prod(x.shape[2:]) == 1 or (x.shape[1] > 1 and x.stride(1) == 1)
+
+
+def mask_shape(x: Tensor) -> tuple[int, int]:
+    """Rows of memory, and bytes of mask for each. Bit k of byte b belongs to element 8 b + k of its row."""
+    N, C = x.shape[:2]
+    L = math.prod(x.shape[2:])
+    rows, length = (N * L, C) if channels_innermost(x) else (N * C, L)
+    return rows, (length + 7) // 8
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, or a copy of it where memory holds it neither as planes nor as rows of channels."""
+    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
+        return x
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.stride(1) == 1 else x.contiguous()
+
+
+def like(tensor: Tensor, x: Tensor) -> Tensor:
+    """tensor, of x's shape, laid out as the dense x is."""
+    if tensor.stride() == x.stride():
+        return tensor
+    rows = tensor.movedim(1, -1) if channels_innermost(x) else tensor
+    return tensor if rows.is_contiguous() else torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
+
+
+# ---- reference
+
+
+def _channels(values: Tensor, x: Tensor) -> Tensor:
+    """(S, C) shaped to broadcast against _splits(x)."""
+    S, C = values.shape
+    return values.view(S, 1, C, *(1,) * (x.dim() - 2))
+
+
+def _splits(x: Tensor, count: int) -> Tensor:
+    """(N, C, ...) as (count, N / count, C, ...), in the dtype of sums."""
+    return x.to(accumulator(x)).unflatten(0, (count, len(x) // count))
+
+
+def _reduced(x: Tensor) -> list[int]:
+    return [1, *range(3, x.dim())]
+
+
+def _moments(x: Tensor, num_splits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, what its rounding left out, and the biased variance, (S, C) each; 0 where there is nothing."""
+    xs = _splits(x, num_splits)
+    if x.numel() == 0:
+        zeros = xs.new_zeros(num_splits, x.shape[1])
+        return zeros, zeros, zeros
+    mean = xs.mean(_reduced(xs), keepdim=True)
+    centred = xs - mean
+    low = centred.mean(_reduced(xs))
+    return mean.flatten(0, 2).view_as(low), low, centred.square().mean(_reduced(xs)) - low.square()
+
+
+def _update_running(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> None:
+    """Running statistics follow the mean of the splits' own; the variance is the unbiased one."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if x.numel() == 0:
+        return
+    weight = momentum if momentum is not None else 1 / num_batches_tracked  # type: ignore[operator]
+    count = x.numel() // (mean.numel() or 1)
+    if running_mean is not None:
+        running_mean.lerp_(mean.mean(0), weight)
+    if running_var is not None:
+        running_var.lerp_(var.mean(0) * (count / (count - 1) if count > 1 else math.nan), weight)
+
+
+def _pre_activation(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, stats: Tensor
+) -> Tensor:
+    """u, in the shape of _splits(x). x - mean is exact where the two are near, so nothing is lost to a large mean."""
+    mean, low, invstd = stats
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    shift = -low * scale if bias is None else bias.to(invstd.dtype) - low * scale
+    u = (_splits(x, len(mean)) - _channels(mean, x)) * _channels(scale, x) + _channels(shift, x)
+    return u if residual is None else u + _splits(residual, len(mean))
+
+
+def _activate(u: Tensor, activation: int) -> Tensor:
+    return (
+        u if activation == IDENTITY
+        else u.relu() if activation == RELU
+        else F.leaky_relu(u, NEGATIVE_SLOPE) if activation == LEAKY_RELU
+        else F.silu(u) if activation == SILU
+        else F.gelu(u)
+    )  # fmt: skip
+
+
+def _derivative(u: Tensor, activation: int) -> Tensor:
+    if activation == SILU:
+        return u.sigmoid() * (1 + u * (1 - u.sigmoid()))
+    return 0.5 * (1 + torch.erf(u * math.sqrt(0.5))) + u * torch.exp(-0.5 * u * u) * (0.5 / math.pi) ** 0.5
+
+
+def _pack(positive: Tensor, x: Tensor) -> Tensor:
+    """Booleans of x's shape as the mask."""
+    rows, width = mask_shape(x)
+    flat = (positive.movedim(1, -1) if channels_innermost(x) else positive).reshape(rows, -1)
+    bits = F.pad(flat.to(torch.uint8), (0, 8 * width - flat.shape[1])).view(rows, width, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=x.device)).sum(-1, dtype=torch.uint8).flatten()
+
+
+def _unpack(mask: Tensor, x: Tensor) -> Tensor:
+    rows, width = mask_shape(x)
+    bits = (mask.view(rows, width, 1) >> torch.arange(8, dtype=torch.uint8, device=x.device)) & 1
+    length = x.numel() // rows if rows else 0
+    flat = bits.view(rows, -1)[:, :length].bool()
+    if channels_innermost(x):
+        return flat.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    return flat.view(x.shape)
+
+
+def _statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_splits: int,
+) -> Tensor:
+    """(3, S, C): mean, what its rounding left out, 1 / sqrt(var + eps); of the batch, or the running ones."""
+    if not training:
+        mean, var = running_mean[None], running_var[None]  # type: ignore[index]
+        return torch.stack([mean, torch.zeros_like(mean), (var + eps).rsqrt()])
+    mean, low, var = _moments(x, num_splits)
+    _update_running(x, mean, var, running_mean, running_var, num_batches_tracked, momentum)
+    return torch.stack([mean, low, (var + eps).rsqrt()])
+
+
+def _fwd_reference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    stats: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_splits: int,
+    activation: int,
+    keep_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    own = x.new_empty(0)
+    if stats is None:
+        stats = own = _statistics(
+            x, running_mean, running_var, num_batches_tracked, training, momentum, eps, num_splits
+        )  # fmt: skip
+    u = _pre_activation(x, residual, weight, bias, stats).flatten(0, 1)
+    mask = _pack(~(u <= 0), x) if keep_mask else x.new_empty(0, dtype=torch.uint8)
+    return torch.empty_like(x).copy_(_activate(u, activation)), own, mask
+
+
+def _inplace_reference(x: Tensor, *arguments: Any) -> None:
+    x.copy_(_fwd_reference(x, *arguments, False)[0])
+
+
+def _stats_reference(x: Tensor, num_splits: int) -> Tensor:
+    return torch.stack(_moments(x, num_splits))
+
+
+def _dz_and_xhat(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    activation: int,
+) -> tuple[Tensor, Tensor]:
+    """The gradient for u, and (x - mean) * invstd, in the shape of _splits(x)."""
+    mean, low, invstd = stats
+    dz = _splits(dy, len(mean))
+    if activation in BY_SIGN:
+        positive = (
+            ~(_pre_activation(x, None, weight, bias, stats) <= 0)
+            if mask is None
+            else _unpack(mask, x).unflatten(0, dz.shape[:2])
+        )
+        dz = torch.where(positive, dz, dz * (0 if activation == RELU else NEGATIVE_SLOPE))
+    elif activation:
+        dz = dz * _derivative(_pre_activation(x, residual, weight, bias, stats), activation)
+    xhat = ((_splits(x, len(mean)) - _channels(mean, x)) - _channels(low, x)) * _channels(invstd, x)
+    return dz, xhat
+
+
+def _sums_reference(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    activation: int,
+) -> Tensor:
+    dz, xhat = _dz_and_xhat(dy, x, residual, mask, weight, bias, stats, activation)
+    return torch.stack([dz.sum(_reduced(dz)), (dz * xhat).sum(_reduced(dz))])
+
+
+def _bwd_reference(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    means: Tensor | None,
+    training: bool,
+    activation: int,
+    need_dx: bool,
+    need_dresidual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Differentiable itself, as stats is; see _BatchNorm.backward."""
+    dz, xhat = _dz_and_xhat(dy, x, residual, mask, weight, bias, stats, activation)
+    none = stats.new_empty(0)
+    dx = dresidual = dy.new_empty(0)
+    dweight = dbias = none
+    if means is None:
+        sums = torch.stack([dz.sum(_reduced(dz)), (dz * xhat).sum(_reduced(dz))])
+        dbias, dweight = sums.sum(1)
+        means = sums / max(x.numel() // (stats[0].numel() or 1), 1)
+    if need_dresidual:
+        dresidual = like(dz.flatten(0, 1).to(dy.dtype), x)
+    if need_dx:
+        if training:
+            dz = dz - _channels(means[0], x) - xhat * _channels(means[1], x)
+        scale = stats[2] if weight is None else stats[2] * weight.to(stats.dtype)
+        dx = like((dz * _channels(scale, x)).flatten(0, 1).to(dy.dtype), x)
+    return dx, dresidual, dweight, dbias
+
+
+# ---- shapes
+
+
+def _fwd_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    stats, training, num_splits, keep_mask = arguments[6], arguments[7], arguments[10], arguments[12]
+    own = (0,) if stats is not None else (3, num_splits if training else 1, x.shape[1])
+    mask = math.prod(mask_shape(x)) if keep_mask else 0
+    return torch.empty_like(x), x.new_empty(own, dtype=accumulator(x)), x.new_empty(mask, dtype=torch.uint8)
+
+
+def _bwd_fake(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    means, need_dx, need_dresidual = arguments[5], arguments[8], arguments[9]
+    dx, dresidual = (torch.empty_like(x) if need else x.new_empty(0) for need in (need_dx, need_dresidual))
+    dweight, dbias = (x.new_empty(x.shape[1] if means is None else 0, dtype=accumulator(x)) for _ in range(2))
+    return dx, dresidual, dweight, dbias
+
+
+# ---- operators
+
+_FORWARD = (
+    "Tensor? residual, Tensor? weight, Tensor? bias, Tensor(b!)? running_mean, Tensor(c!)? running_var, "
+    "Tensor(d!)? num_batches_tracked, Tensor? stats, bool training, float? momentum, float eps, int num_splits, "
+    "int activation"
+)
+_BACKWARD = (
+    "Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor stats"
+)  # fmt: skip
+
+# y, the (3, S, C) statistics unless they were given, and the mask.
+batch_norm_fwd = Op(
+    f"batch_norm_fwd(Tensor x, {_FORWARD}, bool keep_mask) -> (Tensor, Tensor, Tensor)",
+    _fwd_reference,
+    fake=_fwd_fake,
+    decides="x",
+)
+# The same, over x.
+batch_norm_inplace = Op(
+    f"batch_norm_(Tensor(a!) x, {_FORWARD}) -> ()",
+    _inplace_reference,
+    fake=lambda *_: None,
+    decides="x",
+)
+# Mean, what its rounding left out, biased variance, (3, S, C): what ranks merge.
+batch_norm_stats = Op(
+    "batch_norm_stats(Tensor x, int num_splits) -> Tensor",
+    _stats_reference,
+    fake=lambda x, num_splits: x.new_empty((3, num_splits, x.shape[1]), dtype=accumulator(x)),
+    decides="x",
+)
+# Sums of the gradient for u, and of it times (x - mean) * invstd, (2, S, C).
+batch_norm_sums = Op(
+    f"batch_norm_sums({_BACKWARD}, int activation) -> Tensor",
+    _sums_reference,
+    fake=lambda dy, x, residual, mask, weight, bias, stats, activation: stats.new_empty((2, *stats.shape[1:])),
+    decides="x",
+)
+# dx, dresidual, dweight, dbias. `means`: the sums of all ranks over their count, where ranks share statistics.
+batch_norm_bwd = Op(
+    f"batch_norm_bwd({_BACKWARD}, Tensor? means, bool training, int activation, bool need_dx, bool need_dresidual) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _bwd_reference,
+    fake=_bwd_fake,
+    decides="x",
+)
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        num_splits: int,
+        activation: int,
+    ) -> Tensor:
+        ctx.backend = batch_norm_fwd.backend_for(x)
+        ctx.training, ctx.eps, ctx.activation = training, eps, activation
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        keep_mask = residual is not None and activation in BY_SIGN
+        y, stats, mask = batch_norm_fwd(
+            x, residual, weight, bias, running_mean, running_var, num_batches_tracked, None, training, momentum, eps,
+            num_splits, activation, keep_mask, backend=ctx.backend,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            x,
+            residual if activation not in (IDENTITY, *BY_SIGN) else None,
+            mask if keep_mask else None,
+            weight,
+            bias if activation != IDENTITY else None,
+            stats,
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, residual, mask, weight, bias, stats = ctx.saved_tensors
+        need_dx, need_dresidual, need_dweight, need_dbias = ctx.needs_input_grad[:4]
+        through = need_dresidual and ctx.activation != IDENTITY
+        rest = (None, ctx.training, ctx.activation, need_dx, through)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            if ctx.training:
+                mean, low, var = _moments(x, stats.shape[1])
+                stats = torch.stack([mean, low, (var + ctx.eps).rsqrt()])
+            gradients = _bwd_reference(dy, x, residual, mask, weight, bias, stats, *rest)
+        else:
+            saved = (x, residual, mask, weight, bias, stats)
+            gradients = batch_norm_bwd(like(dy, x), *saved, *rest, backend=ctx.backend)
+        dx, dresidual, dweight, dbias = gradients
+        return (
+            dx if need_dx else None,
+            (dresidual if through else dy) if need_dresidual else None,
+            dweight.to(weight.dtype) if need_dweight else None,
+            dbias.to(ctx.bias_dtype) if need_dbias else None,
+            *(None,) * 8,
+        )
+
+
+# ---- function
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    num_splits: int = 1,
+    num_batches_tracked: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """Batch normalisation, then the residual, then the activation (Ioffe & Szegedy 2015, arXiv 1502.03167), fused.
+
+    Equivalent to, for activation="relu":
+        F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps) + residual)
+    Statistics are fp32 whatever x is (fp64 for fp64), and exact for a mean that is large beside the deviation. The
+    backward keeps x, and with a residual one bit an element; under no_grad nothing is kept. Differentiable twice.
+
+    Args:
+        x: (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W); fp16, bf16, fp32 or fp64; contiguous or channels_last,
+            which the result keeps; other strides cost a copy.
+        running_mean, running_var: (C,), used where not training; in training they are updated in place if given, by
+            momentum, or by 1 / num_batches_tracked where momentum is None. Best kept in fp32 for every x.
+        weight, bias: (C,), each optional.
+        activation: None, "relu", "leaky_relu" (slope 0.01), "silu" or "gelu" (exact).
+        residual: of x's shape and dtype, added before the activation. For "silu" and "gelu" the backward keeps it.
+        num_splits: in training, give each of so many equal parts of the batch, in order, statistics of its own, as
+            if they came one after the other; running statistics move once, towards the mean of theirs.
+        num_batches_tracked: an int64 scalar, increased by 1 in training.
+        inplace: write the result over x, where no gradient is recorded (a momentum encoder).
+
+    Returns:
+        Of x's shape, dtype and memory format.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit, before anything is modified.
+
+    Example:
+        >>> y = batch_norm(conv(x), running_mean, running_var, w, b, training=True, activation="relu", residual=x)
+    """
+    code = _check(x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual,
+                  num_splits, num_batches_tracked)  # fmt: skip
+    if residual is not None and residual.dtype != x.dtype:  # type promotion needs a tensor of its own
+        y = batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_splits=num_splits,
+                       num_batches_tracked=num_batches_tracked)  # fmt: skip
+        return _activate(y + residual, code)
+    records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
+    if inplace and records:
+        raise ValueError("inplace: got True where a gradient is recorded, allowed: True under torch.no_grad() alone")
+    there, x = x, dense(x)
+    if residual is not None:
+        residual = like(residual, x)
+    wide = accumulator(x)
+    running = [t if t is None or t.dtype == wide else t.to(wide) for t in (running_mean, running_var)]
+    arguments = (residual, weight, bias, *running, num_batches_tracked)
+    options = (training, momentum, eps, num_splits if training else 1, code)
+    if inplace:
+        batch_norm_inplace(x, *arguments, None, *options)
+        y = there if there is x else there.copy_(x)
+    elif records:
+        y = _BatchNorm.apply(x, *arguments, *options)
+    else:
+        y = batch_norm_fwd(x, *arguments, None, *options, False)[0]
+    if training:
+        for own, used in zip((running_mean, running_var), running, strict=True):
+            if own is not None and used is not None and used is not own:
+                own.copy_(used)
+    return y
+
+
+def _check(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+    num_splits: int,
+    num_batches_tracked: Tensor | None,
+) -> int:
+    """The number of the activation; raises for what does not fit."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x: got {x.dtype}, allowed: float16, bfloat16, float32, float64; convert with x.float()")
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, allowed: (N, C) or (N, C, ...)")
+    N, C = x.shape[:2]
+    named = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
+    for name, tensor in named:
+        if tensor is None:
+            continue
+        if tensor.shape != (C,):
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, allowed: ({C},), the channels of x")
+        if tensor.device != x.device:
+            raise ValueError(
+                f"{name}: got device {tensor.device}, allowed: that of x, {x.device}; move one to the other"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: got {tensor.dtype}, allowed: a floating-point dtype, best float32")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, allowed: {', '.join(map(repr, ACTIVATIONS))}")
+    if residual is not None and (residual.shape != x.shape or residual.device != x.device):
+        raise ValueError(
+            f"residual: got shape {tuple(residual.shape)} on {residual.device}, allowed: that of x, {tuple(x.shape)} "
+            f"on {x.device}"
+        )
+    if not eps >= 0:
+        raise ValueError(f"eps: got {eps}, allowed: a number >= 0, such as 1e-5")
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError(
+                "running_mean, running_var: got None, allowed: tensors where training is False; pass training=True to "
+                "use the statistics of the batch"
+            )
+        return ACTIVATIONS[activation]
+    if momentum is None:
+        if num_batches_tracked is None and (running_mean is not None or running_var is not None):
+            raise ValueError(
+                "momentum: got None without num_batches_tracked, allowed: a number, or None with that count"
+            )
+    elif not isinstance(momentum, numbers.Real):
+        raise TypeError(f"momentum: got {type(momentum).__name__}, allowed: a number such as 0.1, or None")
+    if not isinstance(num_splits, int) or num_splits < 1 or N % num_splits:
+        raise ValueError(f"num_splits: got {num_splits!r}, allowed: a divisor of the batch, {N}")
+    if x.numel() == C * num_splits:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)} with num_splits={num_splits}, allowed: more than one value per channel "
+            "and split when training; use a larger batch or eval()"
+        )
+    return ACTIVATIONS[activation]
+
+
+# ---- modules
+
+
+class _Fused(nn.modules.batchnorm._BatchNorm):
+    """What the modules add to torch's: arguments of their own, statistics that stay fp32, and the operator."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        num_splits: int = 1,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: got {activation!r}, allowed: {', '.join(map(repr, ACTIVATIONS))}")
+        if not isinstance(num_splits, int) or num_splits < 1:
+            raise ValueError(f"num_splits: got {num_splits!r}, allowed: a whole number >= 1")
+        self.activation = activation
+        self.num_splits = num_splits
+        self.inplace = inplace
+        self._apply(lambda t: t)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        batch = self.training or (self.running_mean is None and self.running_var is None)
+        updates = not self.training or self.track_running_stats
+        return batch_norm(
+            input,
+            self.running_mean if updates else None,
+            self.running_var if updates else None,
+            self.weight,
+            self.bias,
+            batch,
+            self.momentum,
+            self.eps,
+            activation=self.activation,
+            residual=residual,
+            num_splits=self.num_splits,
+            num_batches_tracked=self.num_batches_tracked if self.training and updates else None,
+            inplace=self.inplace and not torch.is_grad_enabled(),
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Parameters follow .half() and .bfloat16(); the running statistics stay fp32, to the bit."""
+        before = {name: getattr(self, name) for name in ("running_mean", "running_var")}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new is not None and new.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, old.to(new.device, torch.float32) if new.device.type != "meta" else new.float())
+        return self
+
+    def extra_repr(self) -> str:
+        defaults = {"activation": None, "num_splits": 1, "inplace": False}
+        changed = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
+        extra = "".join(f", {name}={value!r}" for name, value in changed.items())
+        return super().extra_repr() + extra
+
+    @classmethod
+    def from_torch(cls, module: nn.modules.batchnorm._BatchNorm, **options: Any) -> Any:
+        """A module of this class that shares the parameters and buffers of torch's; options as in the constructor."""
+        ours = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats,
+                   device="meta", **options)  # fmt: skip
+        return _adopt(ours, module)
+
+    def to_torch(self) -> nn.modules.batchnorm._BatchNorm:
+        """torch's module with the same parameters and buffers; for one without an activation."""
+        if self.activation is not None or self.num_splits != 1:
+            raise ValueError(
+                f"to_torch: got activation={self.activation!r}, num_splits={self.num_splits}, allowed: None and 1, "
+                "which torch's module can express"
+            )
+        base = next(c for c in type(self).__mro__ if c.__module__ == "torch.nn.modules.batchnorm")
+        theirs = base(self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats, device="meta")
+        return _adopt(theirs, self)
+
+
+def _adopt(to: nn.Module, source: nn.Module) -> Any:
+    for name, parameter in source._parameters.items():
+        to.register_parameter(name, parameter)
+    for name, buffer in source._buffers.items():
+        to.register_buffer(name, buffer)
+    return to.train(source.training)
+
+
+class BatchNorm1d(_Fused, nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d with a fused residual and activation; (N, C) or (N, C, L). As BatchNorm2d."""
+
+
+class BatchNorm2d(_Fused, nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d with a fused residual and activation: same arguments and state dict.
+
+    Equivalent to: F.relu(torch.nn.BatchNorm2d(num_features)(x) + residual), for activation="relu".
+
+    Args:
+        num_features ... dtype: as torch.nn.BatchNorm2d. Running statistics stay fp32 after .half() and .bfloat16().
+        activation, num_splits: as in `ssl_fast.functional.batch_norm`.
+        inplace: write the result over the input wherever gradients are off.
+
+    Shape:
+        forward(x, residual=None): both (N, C, H, W), contiguous or channels_last, as the result is.
+
+    Example:
+        >>> norm = BatchNorm2d(64, activation="relu")
+        >>> y = norm(conv(x), residual=x)
+    """
+
+
+class BatchNorm3d(_Fused, nn.BatchNorm3d):
+    """torch.nn.BatchNorm3d with a fused residual and activation; (N, C, D, H, W). As BatchNorm2d."""
