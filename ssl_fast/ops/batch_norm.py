@@ -206,7 +206,7 @@ def _fwd_reference(
 
 
 def _inplace_reference(x: Tensor, *arguments: Any) -> None:
-    x.copy_(_fwd_reference(x, *arguments, False)[0])
+    x.copy_(_fwd_reference(x, *arguments, keep_mask=False)[0])
 
 
 def _stats_reference(x: Tensor, num_splits: int) -> Tensor:
@@ -470,7 +470,7 @@ def batch_norm(
         raise ValueError("inplace: got True where a gradient is recorded, allowed: True under torch.no_grad() alone")
     there, x = x, dense(x)
     if residual is not None:
-        residual = like(residual, x)
+        residual = like(residual.view_as(residual) if residual is x else residual, x)  # compile wants them distinct
     wide = accumulator(x)
     running = [t if t is None or t.dtype == wide else t.to(wide) for t in (running_mean, running_var)]
     arguments = (residual, weight, bias, *running, num_batches_tracked)
