@@ -206,7 +206,7 @@ def _fwd_reference(
 
 
 def _inplace_reference(x: Tensor, *arguments: Any) -> None:
-    x.copy_(_fwd_reference(x, *arguments, keep_mask=False)[0])
+    x.copy_(_fwd_reference(x, *(*arguments, False))[0])
 
 
 def _stats_reference(x: Tensor, num_splits: int) -> Tensor:
