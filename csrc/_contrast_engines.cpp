@@ -26,6 +26,7 @@ namespace {
 #endif
 namespace portable {
 #include "simd.h"
+#include "contrast_register_tile.h"
 #include "contrast_fp32.h"
 #include "contrast_kernel.h"
 }  // namespace portable
@@ -38,6 +39,7 @@ namespace portable {
 SSL_FAST_TARGET_BEGIN("avx2,fma")
 namespace avx2 {
 #include "simd.h"
+#include "contrast_register_tile.h"
 #include "contrast_fp32.h"
 #include "contrast_kernel.h"
 }  // namespace avx2
@@ -50,6 +52,7 @@ SSL_FAST_TARGET_END
 SSL_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace avx512 {
 #include "simd.h"
+#include "contrast_register_tile.h"
 #include "contrast_fp32.h"
 #include "contrast_kernel.h"
 }  // namespace avx512
@@ -67,6 +70,7 @@ SSL_FAST_TARGET_END
 SSL_FAST_TARGET_BEGIN("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace amx {
 #include "simd.h"
+#include "contrast_register_tile.h"
 #include "contrast_amx.h"
 #include "contrast_kernel.h"
 }  // namespace amx
@@ -79,6 +83,7 @@ SSL_FAST_TARGET_END
 #define SSL_FAST_ROWS 2
 namespace amx_emulated {
 #include "simd.h"
+#include "contrast_register_tile.h"
 #include "contrast_amx.h"
 #include "contrast_kernel.h"
 }  // namespace amx_emulated

@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <initializer_list>
 #include <memory>
 #include <new>
 
@@ -67,7 +68,7 @@ inline bool request_amx() {
 
 inline Capability detect_capability() {
   __builtin_cpu_init();
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return Capability::kPortable;
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return Capability::kPortable;
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")))
     return Capability::kAVX2;
@@ -180,6 +181,42 @@ class Scratch {
 
   std::unique_ptr<Buffer<char>> own_;
 };
+
+// CPU tensors without the dispatcher, which boxes its arguments and for the outputs of a tiny op takes as long as all the
+// rest.
+inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// Contiguous.
+inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype = aoti_torch_dtype_float32()) {
+  constexpr int64_t kMost = 3;
+  int64_t strides[kMost] = {1, 1, 1};
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  for (int64_t d = dims - 2; d >= 0; --d) strides[d] = strides[d + 1] * std::max<int64_t>(sizes.begin()[d + 1], 1);
+  return empty_strided(dims, sizes.begin(), strides, dtype);
+}
+
+// Of a dense tensor's sizes, strides and dtype. A large one is put on huge pages before its first touch, which halves the
+// cost of that.
+inline Tensor output_like(const Tensor& x) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  Tensor out = empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype);
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
+  if (bytes >= static_cast<int64_t>(Buffer<char>::kHuge)) {
+    const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(out.data_ptr()), kPage);
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(out.data_ptr()) + bytes) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+  return out;
+}
 
 // The first exception among the threads of a parallel loop, for the others to see and for the caller to get.
 class Failure {

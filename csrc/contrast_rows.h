@@ -6,7 +6,6 @@
 #include "transpose.h"
 
 #include <cmath>
-#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -32,17 +31,6 @@ inline float dot(const float* a, const float* b, int64_t count) {
   float sum = 0;
   for (float s : sums) sum += s;
   return sum;
-}
-
-// A contiguous CPU tensor. torch::stable::empty boxes its arguments for the dispatcher, which for the outputs of a tiny
-// loss takes as long as all the rest.
-inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype = aoti_torch_dtype_float32()) {
-  int64_t strides[2] = {1, 1};
-  if (sizes.size() == 2) strides[0] = std::max<int64_t>(sizes.begin()[1], 1);
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
 }
 
 inline float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }

@@ -1,0 +1,357 @@
+// The sweeps of batch norm over a block, for one instruction set. No include guard: see simd.h.
+
+constexpr int kRowsAtOnce = 8;
+constexpr int64_t kTile = 128;          // values of a channel in rows, summed in fp32 before they are merged in fp64
+constexpr int64_t kPlaneTile = 4096;    // the same in planes, in as many chains as there are lanes
+constexpr int64_t kFirst = 256;         // values of a channel whose mean is the first shift
+
+// ---- activations
+
+SSL_FAST_INLINE V exp(V x) {
+  constexpr float kLog2E = 1.44269504f;
+  return exp2(at_most(at_least(x * kLog2E, -126), 126));
+}
+
+SSL_FAST_INLINE V sigmoid(V u) { return 1 / (1 + exp(-u)); }
+
+// The standard normal distribution and its density, by Chebyshev's fit of log(erfc(z) e^(z^2) / t) in t = 1 / (1 + z / 2),
+// whose relative error is 1.2e-7 for every z = |u| / sqrt 2.
+SSL_FAST_INLINE V normal_density(V u) { return exp(u * u * -0.5f) * 0.398942280f; }
+SSL_FAST_INLINE V normal_distribution(V u) {
+  constexpr float kFit[] = {0.17087277f, -0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f,
+                            -0.18628806f, 0.09678418f, 0.37409196f, 1.00002368f, -1.26551223f};
+  const V t = 1 / (1 + (u < 0 ? -u : u) * 0.353553391f);
+  V fit = broadcast(kFit[0]);
+  SSL_FAST_UNROLL
+  for (int k = 1; k < 10; ++k) fit = fit * t + kFit[k];
+  const V beyond = 0.5f * t * exp(fit - u * u * 0.5f);
+  return u < 0 ? beyond : 1 - beyond;
+}
+
+// What is not above 0; NaN is, so that it passes both ways.
+SSL_FAST_INLINE VInt positive(V u) { return ~(u <= 0); }
+
+// Calls, not copies of this code in every sweep: their arithmetic outweighs a call.
+__attribute__((noinline)) V smooth(V u, int64_t activation) {
+  return u * (activation == kSiLU ? sigmoid(u) : normal_distribution(u));
+}
+
+__attribute__((noinline)) V smooth_derivative(V u, int64_t activation) {
+  if (activation == kGELU) return normal_distribution(u) + u * normal_density(u);
+  const V s = sigmoid(u);
+  return s * (1 + u * (1 - s));
+}
+
+template <int64_t kActivation>
+SSL_FAST_INLINE V activate(V u, int64_t activation) {
+  if constexpr (kActivation == kIdentity) return u;
+  if constexpr (kActivation == kReLU) return keep(u, positive(u));
+  return activation == kLeakyReLU ? u <= 0 ? u * kNegativeSlope : u : smooth(u, activation);
+}
+
+// ---- what each element needs
+
+// The sweeps are compiled for the identity, for ReLU, and for the others together.
+constexpr int64_t kOther = kLeakyReLU;
+
+// Pointers to what a split's lines hold; at(line) moves them there.
+template <class T, bool kPlanes>
+struct Reader {
+  const T *x, *dy, *residual;
+  T *y, *dx, *dresidual;
+  const uint8_t* mask;
+  uint8_t* new_mask;
+  const float *mean, *scale, *shift, *slope, *offset;
+  int64_t length, channels, activation;
+  bool has_residual, has_mask, stream;
+
+  Reader(const Problem& p, int64_t split)
+      : x(static_cast<const T*>(p.x)), dy(static_cast<const T*>(p.dy)), residual(static_cast<const T*>(p.residual)),
+        y(static_cast<T*>(p.y)), dx(static_cast<T*>(p.dx)), dresidual(static_cast<T*>(p.dresidual)),
+        mask(p.mask), new_mask(p.new_mask),
+        mean(p.per.mean + split * p.per.stride), scale(p.per.scale + split * p.per.stride),
+        shift(p.per.shift + split * p.per.stride), slope(p.per.slope + split * p.per.stride),
+        offset(p.per.offset + split * p.per.stride),
+        length(p.length), channels(p.channels), activation(p.activation),
+        has_residual(p.residual != nullptr), has_mask(p.mask != nullptr || p.new_mask != nullptr), stream(p.stream) {}
+
+  SSL_FAST_INLINE Reader at(int64_t line) const {
+    Reader r = *this;
+    const int64_t element = line * length, byte = line * ceil_div(length, 8), c = kPlanes ? line % channels : 0;
+    r.x += element, r.dy += element, r.residual += element, r.y += element, r.dx += element, r.dresidual += element;
+    r.mask += byte, r.new_mask += byte;
+    r.mean += c, r.scale += c, r.shift += c, r.slope += c, r.offset += c;
+    return r;
+  }
+  // Values of a channel array for a vector that starts at element i of the line.
+  static SSL_FAST_INLINE V channel(const float* values, int64_t i) { return kPlanes ? broadcast(*values) : load(values + i); }
+  SSL_FAST_INLINE V centred(int64_t i, int n) const { return load_first(x + i, n) - channel(mean, i); }
+  // The one expression of u, so that the backward finds the sign that the forward saw.
+  SSL_FAST_INLINE V pre_activation(V centred_x, int64_t i) const {
+    return centred_x * channel(scale, i) + channel(shift, i);
+  }
+  template <int64_t kActivation>
+  SSL_FAST_INLINE V gradient(V centred_x, int64_t i, int n) const {
+    const V g = load_first(dy + i, n);
+    if constexpr (kActivation == kIdentity) return g;
+    if (kActivation == kReLU || activation == kLeakyReLU) {
+      const VInt above = has_mask ? from_bits(read_bits(mask, i, n)) : positive(pre_activation(centred_x, i));
+      return kActivation == kReLU ? keep(g, above) : above ? g : g * kNegativeSlope;
+    }
+    V u = pre_activation(centred_x, i);
+    if (has_residual) u += load_first(residual + i, n);
+    return g * smooth_derivative(u, activation);
+  }
+};
+
+// f(i, n) for each vector of a line, n lanes of it in use.
+template <class F>
+SSL_FAST_INLINE void for_each_vector_of(int64_t length, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= length; i += kLanes) f(i, kLanes);
+  if (i < length) f(i, static_cast<int>(length - i));
+}
+
+// f(line) for each line of a block, the last first: what the sums read last is still in the caches.
+template <class F>
+SSL_FAST_INLINE void for_each_line(const Problem& p, const Block& b, const F& f) {
+  if (!p.planes) {
+    for (int64_t line = b.first + b.count; line-- > b.first;) f(line);
+    return;
+  }
+  for (int64_t image = b.first + b.count; image-- > b.first;)
+    for (int64_t c = b.first_channel + b.channels; c-- > b.first_channel;) f(image * p.channels + c);
+}
+
+template <class T, bool kPlanes, int64_t kActivation, bool kResidual>
+void apply_block(const Problem& p, const Block& b) {
+  const Reader<T, kPlanes> all{p, b.split};
+  for_each_line(p, b, [&](int64_t line) SSL_FAST_LAMBDA {
+    const auto r = all.at(line);
+    for_each_vector_of(r.length, [&](int64_t i, int n) SSL_FAST_LAMBDA {
+      V u = r.pre_activation(r.centred(i, n), i);
+      if (kResidual && r.has_residual) {
+        u += load_first(r.residual + i, n);
+        if (r.has_mask) write_bits(r.new_mask, i, n, to_bits(positive(u)));
+      }
+      store_first(r.y + i, activate<kActivation>(u, r.activation), n, r.stream);
+    });
+  });
+}
+
+template <class T, bool kPlanes, int64_t kActivation>
+void backward_block(const Problem& p, const Block& b) {
+  const Reader<T, kPlanes> all{p, b.split};
+  const bool need_dx = p.dx != nullptr, need_dresidual = p.dresidual != nullptr;
+  for_each_line(p, b, [&](int64_t line) SSL_FAST_LAMBDA {
+    const auto r = all.at(line);
+    for_each_vector_of(r.length, [&](int64_t i, int n) SSL_FAST_LAMBDA {
+      const V x = r.centred(i, n);
+      const V dz = r.template gradient<kActivation>(x, i, n);
+      if (need_dresidual) store_first(r.dresidual + i, dz, n, r.stream);
+      if (need_dx) {
+        const V along = x * r.channel(r.slope, i) + r.channel(r.offset, i);
+        store_first(r.dx + i, dz * r.channel(r.scale, i) + along, n, r.stream);
+      }
+    });
+  });
+}
+
+// ---- sums over a block
+
+// Two sums a channel. `terms(reader, i, n)` gives what a vector of the reader's line adds to each; merge(first, second,
+// count) takes the block's channels' sums over a tile of `count` values each.
+struct Terms {
+  V first, second;
+};
+
+template <class R, class F, class G>
+SSL_FAST_INLINE void sum_rows(const Problem& p, const Block& b, const R& all, float* work, const F& terms, const G& merge) {
+  const int64_t padded = round_up(p.channels, kLanes);
+  float *const first = work, *const second = work + padded;
+  for (int64_t begin = b.first, end; begin < b.first + b.count; begin = end) {
+    end = std::min(begin + kTile, b.first + b.count);
+    std::fill(work, work + 2 * padded, 0.0f);
+    const auto add = [&](int64_t row, int64_t rows) SSL_FAST_LAMBDA {
+      for_each_vector_of(p.channels, [&](int64_t i, int n) SSL_FAST_LAMBDA {
+        V sum[2] = {load(first + i), load(second + i)};
+        for (int64_t k = 0; k < rows; ++k) {
+          const Terms t = terms(all.at(row + k), i, n);
+          sum[0] += t.first;
+          sum[1] += t.second;
+        }
+        store(first + i, sum[0]);
+        store(second + i, sum[1]);
+      });
+    };
+    int64_t row = begin;
+    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) add(row, kRowsAtOnce);
+    if (row < end) add(row, end - row);
+    merge(first, second, end - begin);
+  }
+}
+
+template <class R, class F, class G>
+SSL_FAST_INLINE void sum_planes(const Problem& p, const Block& b, const R& all, float* work, const F& terms, const G& merge) {
+  float* const sums = work;  // (channels, 2, kLanes)
+  const int64_t padded = round_up(b.channels, kLanes);
+  float *const first = work + 2 * kLanes * b.channels, *const second = first + padded;
+  const int64_t piece = std::min(p.part, kPlaneTile), images = std::max<int64_t>(1, kPlaneTile / piece);
+  const int64_t last = b.first + b.count;
+  for (int64_t image = b.first; image < last; image += images) {
+    const int64_t end = std::min(image + images, last);
+    for (int64_t from = 0; from < p.part; from += piece) {
+      const int64_t to = std::min(from + piece, p.part);
+      std::fill(sums, sums + 2 * kLanes * b.channels, 0.0f);
+      for (int64_t k = image; k < end; ++k)
+        for (int64_t c = 0; c < b.channels; ++c) {
+          const R r = all.at(k * p.channels + b.first_channel + c);
+          float* const own = sums + 2 * kLanes * c;
+          constexpr int kChains = 4;
+          V sum[kChains] = {load(own)}, sum2[kChains] = {load(own + kLanes)};
+          int64_t i = from;
+          for (; i + kChains * kLanes <= to; i += kChains * kLanes)
+            SSL_FAST_UNROLL
+            for (int chain = 0; chain < kChains; ++chain) {
+              const Terms t = terms(r, i + chain * kLanes, kLanes);
+              sum[chain] += t.first;
+              sum2[chain] += t.second;
+            }
+          for (; i < to; i += kLanes) {
+            const Terms t = terms(r, i, static_cast<int>(std::min<int64_t>(kLanes, to - i)));
+            sum[0] += t.first;
+            sum2[0] += t.second;
+          }
+          store(own, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+          store(own + kLanes, (sum2[0] + sum2[1]) + (sum2[2] + sum2[3]));
+        }
+      for (int64_t c = 0; c < b.channels; ++c) {
+        first[c] = sum_lanes(load(sums + 2 * kLanes * c));
+        second[c] = sum_lanes(load(sums + 2 * kLanes * c + kLanes));
+      }
+      merge(first, second, (end - image) * (to - from));
+    }
+  }
+}
+
+template <class T, bool kPlanes, class F, class G>
+SSL_FAST_INLINE void sum_block(const Problem& p, const Block& b, float* work, const F& terms, const G& merge) {
+  const Reader<T, kPlanes> all{p, b.split};
+  if constexpr (kPlanes)
+    sum_planes(p, b, all, work, terms, merge);
+  else
+    sum_rows(p, b, all, work, terms, merge);
+}
+
+int64_t work_of(const Problem& p, int64_t channels) {
+  return (p.planes ? 2 * kLanes + 3 : 3) * round_up(channels, kLanes);
+}
+
+// One sweep: sums of x - shift and of its square, the shift being the mean of the tile before. What cancellation loses,
+// (mean - shift)^2, is then a few times what the variance between the tiles adds at the most. Tiles are merged by Chan's
+// rule in fp64.
+template <class T, bool kPlanes>
+void moments_of_block(const Problem& p, const Block& b, const Moments& out, float* work) {
+  float* const shift = work;  // which takes the place of the mean, from the block's first channel on
+  work += round_up(b.channels, kLanes);
+  std::fill(shift, work, 0.0f);
+  std::fill(out.mean, out.mean + b.channels, 0.0);
+  std::fill(out.m2, out.m2 + b.channels, 0.0);
+  Problem shifted = p;
+  shifted.per = {};
+  shifted.per.mean = shift - b.first_channel;
+  const auto terms = [](const Reader<T, kPlanes>& r, int64_t i, int n) SSL_FAST_LAMBDA {
+    V d = r.centred(i, n);
+    if (kPlanes && n < kLanes) d = keep(d, first_lanes(n));
+    return Terms{d, d * d};
+  };
+  Problem start = shifted;
+  Block some = b;
+  some.count = std::min<int64_t>(b.count, kPlanes ? 1 : kRowsAtOnce);
+  if constexpr (kPlanes) start.part = std::min(p.length, kFirst);
+  sum_block<T, kPlanes>(start, some, work, terms, [&](const float* sum, const float*, int64_t count) SSL_FAST_LAMBDA {
+    for (int64_t c = 0; c < b.channels; ++c) shift[c] = sum[c] / static_cast<float>(count);
+  });
+  int64_t done = 0;
+  sum_block<T, kPlanes>(shifted, b, work, terms, [&](const float* sum, const float* square, int64_t count) SSL_FAST_LAMBDA {
+    const double n = static_cast<double>(count), before = static_cast<double>(done), all = before + n;
+    for (int64_t c = 0; c < b.channels; ++c) {
+      const double d = sum[c] / n, mean = shift[c] + d, delta = mean - out.mean[c];
+      const double own = square[c] - sum[c] * d;
+      out.m2[c] += (own < 0 ? 0 : own) + delta * delta * (before * n / all);
+      out.mean[c] += delta * (n / all);
+      shift[c] = static_cast<float>(mean);
+    }
+    done += count;
+  });
+}
+
+template <class T, bool kPlanes, int64_t kActivation>
+void sums_of_block(const Problem& p, const Block& b, const Sums& out, float* work) {
+  std::fill(out.dz, out.dz + b.channels, 0.0);
+  std::fill(out.dz_x, out.dz_x + b.channels, 0.0);
+  const auto terms = [](const Reader<T, kPlanes>& r, int64_t i, int n) SSL_FAST_LAMBDA {
+    const V x = r.centred(i, n);
+    const V dz = r.template gradient<kActivation>(x, i, n);  // 0 in lanes beyond n, as dy is
+    return Terms{dz, dz * x};
+  };
+  sum_block<T, kPlanes>(p, b, work, terms, [&](const float* dz, const float* dz_x, int64_t) SSL_FAST_LAMBDA {
+    for (int64_t c = 0; c < b.channels; ++c) {
+      out.dz[c] += dz[c];
+      out.dz_x[c] += dz_x[c];
+    }
+  });
+}
+
+// ---- by dtype, layout and activation
+
+template <class F>
+void with_types(const Problem& p, const F& f) {
+  dispatch_float(p.dtype, "batch_norm", [&](auto zero) {
+    if (p.planes)
+      f(zero, std::true_type{});
+    else
+      f(zero, std::false_type{});
+  });
+}
+
+template <class F>
+void with_activation(const Problem& p, const F& f) {
+  if (p.activation == kIdentity) return f(std::integral_constant<int64_t, kIdentity>{});
+  if (p.activation == kReLU) return f(std::integral_constant<int64_t, kReLU>{});
+  f(std::integral_constant<int64_t, kOther>{});
+}
+
+void moments(const Problem& p, const Block& b, const Moments& out, float* work) {
+  with_types(p, [&](auto zero, auto planes) { moments_of_block<decltype(zero), planes.value>(p, b, out, work); });
+}
+
+void apply(const Problem& p, const Block& b) {
+  with_types(p, [&](auto zero, auto planes) {
+    with_activation(p, [&](auto activation) {
+      using T = decltype(zero);
+      if constexpr (activation.value == kOther)
+        apply_block<T, planes.value, activation.value, true>(p, b);
+      else if (p.residual != nullptr)
+        apply_block<T, planes.value, activation.value, true>(p, b);
+      else
+        apply_block<T, planes.value, activation.value, false>(p, b);
+    });
+  });
+}
+
+void sums(const Problem& p, const Block& b, const Sums& out, float* work) {
+  with_types(p, [&](auto zero, auto planes) {
+    with_activation(p, [&](auto activation) {
+      sums_of_block<decltype(zero), planes.value, activation.value>(p, b, out, work);
+    });
+  });
+}
+
+void backward(const Problem& p, const Block& b) {
+  with_types(p, [&](auto zero, auto planes) {
+    with_activation(p, [&](auto activation) { backward_block<decltype(zero), planes.value, activation.value>(p, b); });
+  });
+}
+
+constexpr Kernels kKernels = {work_of, moments, apply, sums, backward};
