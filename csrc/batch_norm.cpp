@@ -120,7 +120,7 @@ struct Task : Problem {
     const int64_t least = planes ? ceil_div(kLeastOfPlanes, std::max<int64_t>(area, 1)) : kLeastRows;
     groups = std::clamp<int64_t>(lines / least, 1, wanted);
     lines_a_block = std::max<int64_t>(1, ceil_div(lines, groups));
-    groups = ceil_div(lines, lines_a_block);
+    groups = count == 0 ? 0 : ceil_div(lines, lines_a_block);
     channels_a_block = planes ? std::max<int64_t>(1, ceil_div(channels, ceil_div(wanted, std::max<int64_t>(groups, 1)))) : channels;
     parts = channels == 0 ? 0 : ceil_div(channels, channels_a_block);
   }
@@ -452,6 +452,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& dy, cons
       slope[to] = static_cast<float>(-along);
       offset[to] = static_cast<float>(along * low[from] - scale * dz[from]);
     }
+  p.batch = training;
   p.per.slope = slope;
   p.per.offset = offset;
   p.dx = need_dx ? dx.data_ptr() : nullptr;

@@ -29,6 +29,7 @@ struct Problem {
   const uint8_t* mask;  // of the backward
   void *y, *dx, *dresidual;
   uint8_t* new_mask;
+  bool batch;   // of the backward: the statistics are the batch's, and follow x
   bool stream;  // write y, dx and dresidual past the caches
   Channels per;
 };

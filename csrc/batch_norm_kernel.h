@@ -142,7 +142,7 @@ void apply_block(const Problem& p, const Block& b) {
 template <class T, bool kPlanes, int64_t kActivation>
 void backward_block(const Problem& p, const Block& b) {
   const Reader<T, kPlanes> all{p, b.split};
-  const bool need_dx = p.dx != nullptr, need_dresidual = p.dresidual != nullptr;
+  const bool need_dx = p.dx != nullptr, need_dresidual = p.dresidual != nullptr, batch = p.batch;
   for_each_line(p, b, [&](int64_t line) SSL_FAST_LAMBDA {
     const auto r = all.at(line);
     for_each_vector_of(r.length, [&](int64_t i, int n) SSL_FAST_LAMBDA {
@@ -150,8 +150,9 @@ void backward_block(const Problem& p, const Block& b) {
       const V dz = r.template gradient<kActivation>(x, i, n);
       if (need_dresidual) store_first(r.dresidual + i, dz, n, r.stream);
       if (need_dx) {
-        const V along = x * r.channel(r.slope, i) + r.channel(r.offset, i);
-        store_first(r.dx + i, dz * r.channel(r.scale, i) + along, n, r.stream);
+        V dx = dz * r.channel(r.scale, i);
+        if (batch) dx += x * r.channel(r.slope, i) + r.channel(r.offset, i);
+        store_first(r.dx + i, dx, n, r.stream);
       }
     });
   });

@@ -89,8 +89,10 @@ def _moments(x: Tensor, num_splits: int) -> tuple[Tensor, Tensor, Tensor]:
         return zeros, zeros, zeros
     mean = xs.mean(_reduced(xs), keepdim=True)
     centred = xs - mean
-    low = centred.mean(_reduced(xs))
-    return mean.flatten(0, 2).view_as(low), low, centred.square().mean(_reduced(xs)) - low.square()
+    low, var = centred.mean(_reduced(xs)), centred.square().mean(_reduced(xs))
+    exact = mean.flatten(0, 2).view_as(low)
+    mean = exact + low
+    return mean, low - (mean - exact), var - low.square()
 
 
 def _update_running(
@@ -232,7 +234,7 @@ def _dz_and_xhat(
             if mask is None
             else _unpack(mask, x).unflatten(0, dz.shape[:2])
         )
-        dz = torch.where(positive, dz, dz * (0 if activation == RELU else NEGATIVE_SLOPE))
+        dz = torch.where(positive, dz, 0 if activation == RELU else dz * NEGATIVE_SLOPE)
     elif activation:
         dz = dz * _derivative(_pre_activation(x, residual, weight, bias, stats), activation)
     xhat = ((_splits(x, len(mean)) - _channels(mean, x)) - _channels(low, x)) * _channels(invstd, x)
@@ -487,6 +489,10 @@ def batch_norm(
         y = _BatchNorm.apply(x, *arguments, *options)
     else:
         y = batch_norm_fwd(x, *arguments, None, *options, False)[0]
+    if not torch.compiler.is_compiling():  # a graph that holds the old values must notice
+        changed = [x] if inplace else []
+        changed += [t for t in (*running, num_batches_tracked) if t is not None and training]
+        torch.autograd.graph.increment_version(changed)
     if training:
         for own, used in zip((running_mean, running_var), running, strict=True):
             if own is not None and used is not None and used is not own:
@@ -578,8 +584,11 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         activation: str | None = None,
         num_splits: int = 1,
         inplace: bool = False,
+        bias: bool = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:  # which torch's own constructor takes in later versions alone
+            self.register_parameter("bias", None)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: got {activation!r}, allowed: {', '.join(map(repr, ACTIVATIONS))}")
         if not isinstance(num_splits, int) or num_splits < 1:
