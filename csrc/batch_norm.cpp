@@ -97,7 +97,11 @@ void copy_channels(const Optional& values, int64_t channels, float missing, cons
   dispatch_float(values->scalar_type(), "batch_norm", copy);
 }
 
-// A tensor, how it is cut into blocks, and the arrays over channels.
+// Rows shorter than this are taken several at a time, as rows of so many more channels: what a line costs beside its
+// elements is then paid once for all of them.
+constexpr int64_t kShortRow = 256;
+
+// A tensor, and how it is cut into blocks.
 struct Task : Problem {
   Task(const Tensor& x_, int64_t splits_, int64_t activation_) : Problem{}, splits(splits_) {
     STD_TORCH_CHECK(x_.is_cpu() && x_.dim() >= 2 && splits >= 1 && x_.size(0) % splits == 0,
@@ -105,14 +109,19 @@ struct Task : Problem {
     dtype = x_.scalar_type();
     x = x_.data_ptr();
     activation = activation_;
-    channels = x_.size(1);
+    channels = features = x_.size(1);
     int64_t area = 1;
     for (int64_t d = 2; d < x_.dim(); ++d) area *= x_.size(d);
     planes = area != 1 && (channels == 1 || x_.stride(1) != 1);
     const int64_t images = x_.size(0) / splits;
-    length = part = planes ? area : channels;
     count = images * area;
-    lines = planes ? images : images * area;
+    lines = planes ? images : count;
+    if (!planes && features % 8 == 0 && count > 0)  // a row's mask ends with a byte
+      while (channels < kShortRow && lines % 2 == 0) {
+        channels *= 2;
+        lines /= 2;
+      }
+    length = part = planes ? area : channels;
     bytes = x_.numel() * static_cast<int64_t>(x_.element_size());
     per.stride = round_up(std::max<int64_t>(channels, 1), kMostLanes);
 
@@ -158,6 +167,7 @@ struct Task : Problem {
     failure.rethrow();
   }
   int64_t sums_size() const { return std::max<int64_t>(groups, 1) * splits * channels; }
+  int64_t size() const { return splits * features; }  // of an array (S, C)
 
   // Whether vectors of an output start where a store past the caches may.
   void choose_stream(std::initializer_list<const void*> outputs) {
@@ -166,11 +176,12 @@ struct Task : Problem {
   }
 
   int64_t splits;
-  int64_t count;                      // values of a channel in a split
-  int64_t lines;                      // rows, or images, of a split
+  int64_t features;                 // C; `channels` is a multiple where several rows make a line
+  int64_t count;                    // values of a feature in a split
+  int64_t lines;                    // rows, or images, of a split
   int64_t bytes;
-  int64_t groups, lines_a_block;      // blocks of lines in a split
-  int64_t parts, channels_a_block;    // and of channels
+  int64_t groups, lines_a_block;    // blocks of lines in a split
+  int64_t parts, channels_a_block;  // and of channels
 };
 
 void fence() {
@@ -179,35 +190,50 @@ void fence() {
 #endif
 }
 
-// Mean and sum of squares about it, (S, C) each, from those of the blocks, which come first in these arrays.
-void merge_moments(const Task& p, double* mean, double* m2) {
-  if (p.count == 0) {
-    std::fill(mean, mean + p.splits * p.channels, 0.0);
-    std::fill(m2, m2 + p.splits * p.channels, 0.0);
-    return;
-  }
-  const int64_t size = p.splits * p.channels, per_line = p.count / p.lines;
-  for (int64_t g = 1; g < p.groups; ++g) {
-    const double before = static_cast<double>(g * p.lines_a_block * per_line);
-    const double n = static_cast<double>(p.block(g * p.parts).count * per_line), all = before + n;
-    for (int64_t k = 0; k < size; ++k) {
-      const double delta = mean[g * size + k] - mean[k];
-      mean[k] += delta * (n / all);
-      m2[k] += m2[g * size + k] + delta * delta * (before * n / all);
-    }
-  }
+// Mean and sum of squares about it of `before` and of n values, by Chan's rule, into the former.
+void merge(double& mean, double& m2, double before, double other_mean, double other_m2, double n) {
+  const double delta = other_mean - mean, all = before + n;
+  mean += delta * (n / all);
+  m2 += other_m2 + delta * delta * (before * n / all);
 }
 
-void merge_sums(const Task& p, double* first, double* second) {
-  const int64_t size = p.splits * p.channels;
+// (S, C) each, from the arrays of the blocks, over which they come to lie.
+void merge_moments(const Task& p, double* mean, double* m2) {
   if (p.groups == 0) {
-    std::fill(first, first + size, 0.0);
-    std::fill(second, second + size, 0.0);
+    std::fill(mean, mean + p.size(), 0.0);
+    std::fill(m2, m2 + p.size(), 0.0);
+    return;
   }
+  const int64_t size = p.splits * p.channels, rows = p.channels / p.features;
+  const double line = static_cast<double>(p.count / (p.lines * rows)), all = static_cast<double>(p.count / rows);
+  for (int64_t g = 1; g < p.groups; ++g) {
+    const double before = line * static_cast<double>(g * p.lines_a_block);
+    const double n = line * static_cast<double>(p.block(g * p.parts).count);
+    for (int64_t k = 0; k < size; ++k) merge(mean[k], m2[k], before, mean[g * size + k], m2[g * size + k], n);
+  }
+  for (int64_t s = 0; s < p.splits; ++s)
+    for (int64_t c = 0; c < p.features; ++c) {
+      const int64_t from = s * p.channels + c, to = s * p.features + c;
+      double m = mean[from], q = m2[from];
+      for (int64_t r = 1; r < rows; ++r) {
+        const int64_t other = from + r * p.features;
+        merge(m, q, all * static_cast<double>(r), mean[other], m2[other], all);
+      }
+      mean[to] = m;
+      m2[to] = q;
+    }
+}
+
+void merge_sums(const Task& p, double* sums) {
+  if (p.groups == 0) return std::fill(sums, sums + p.size(), 0.0);
+  const int64_t size = p.splits * p.channels;
   for (int64_t g = 1; g < p.groups; ++g)
-    for (int64_t k = 0; k < size; ++k) {
-      first[k] += first[g * size + k];
-      second[k] += second[g * size + k];
+    for (int64_t k = 0; k < size; ++k) sums[k] += sums[g * size + k];
+  for (int64_t s = 0; s < p.splits; ++s)
+    for (int64_t c = 0; c < p.features; ++c) {
+      double sum = 0;
+      for (int64_t k = c; k < p.channels; k += p.features) sum += sums[s * p.channels + k];
+      sums[s * p.features + c] = sum;
     }
 }
 
@@ -245,9 +271,9 @@ void update_running(const Task& p, const double* mean, const double* m2, const R
   const auto follow = [&](const Optional& values, const double* of_splits, double factor) {
     if (!values) return;
     float* const out = fp32(*values);
-    for (int64_t c = 0; c < p.channels; ++c) {
+    for (int64_t c = 0; c < p.features; ++c) {
       double sum = 0;
-      for (int64_t s = 0; s < p.splits; ++s) sum += of_splits[s * p.channels + c];
+      for (int64_t s = 0; s < p.splits; ++s) sum += of_splits[s * p.features + c];
       out[c] = static_cast<float>(out[c] + weight * (sum * factor / static_cast<double>(p.splits) - out[c]));
     }
   };
@@ -257,10 +283,10 @@ void update_running(const Task& p, const double* mean, const double* m2, const R
 
 // (3, S, C), of the batch or the running ones.
 void compute_stats(const Task& p, bool training, double eps, const Running& running, float* stats) {
-  const int64_t size = p.splits * p.channels;
+  const int64_t size = p.size();
   if (!training) {
     STD_TORCH_CHECK(running.mean && running.var, "batch_norm (native CPU): no running statistics to use");
-    for (int64_t c = 0; c < p.channels; ++c) {
+    for (int64_t c = 0; c < p.features; ++c) {
       stats[c] = fp32(*running.mean)[c];
       stats[size + c] = 0;
       stats[2 * size + c] = static_cast<float>(1 / std::sqrt(fp32(*running.var)[c] + eps));
@@ -284,16 +310,16 @@ struct Arrays {
   Arrays(Task& p, const Tensor& stats, const Optional& weight, const Optional& bias, int arrays)
       : stride(p.per.stride), buffer(arrays * p.splits * stride + 2 * stride) {
     STD_TORCH_CHECK(stats.is_cpu() && stats.scalar_type() == ScalarType::Float && stats.is_contiguous() &&
-                        stats.numel() == 3 * p.splits * p.channels,
+                        stats.numel() == 3 * p.size(),
                     "batch_norm (native CPU): stats must be contiguous float32 of shape (3, S, C) on the CPU");
     std::fill(buffer.get(), buffer.get() + arrays * p.splits * stride + 2 * stride, 0.0f);
     float *const w = buffer.get() + arrays * p.splits * stride, *const b = w + stride;
-    copy_channels(weight, p.channels, 1, "weight", w);
-    copy_channels(bias, p.channels, 0, "bias", b);
-    const float *mean = fp32(stats), *low = mean + p.splits * p.channels, *invstd = low + p.splits * p.channels;
+    copy_channels(weight, p.features, 1, "weight", w);
+    copy_channels(bias, p.features, 0, "bias", b);
+    const float *mean = fp32(stats), *low = mean + p.size(), *invstd = low + p.size();
     for (int64_t s = 0; s < p.splits; ++s)
-      for (int64_t c = 0; c < p.channels; ++c) {
-        const int64_t from = s * p.channels + c, to = s * stride + c;
+      for (int64_t k = 0; k < p.channels; ++k) {
+        const int64_t c = k % p.features, from = s * p.features + c, to = s * stride + k;
         const float scale = w[c] * invstd[from];
         array(p, 0)[to] = mean[from];
         array(p, 1)[to] = scale;
@@ -313,9 +339,9 @@ struct Arrays {
 // y into `out`, and the statistics unless they were given.
 Tensor forward(Task& p, void* out, const Optional& residual, const Optional& weight, const Optional& bias,
                const Running& running, const Optional& given, bool training, double eps, uint8_t* new_mask) {
-  check_fp32(running.mean, p.channels, "running_mean");
-  check_fp32(running.var, p.channels, "running_var");
-  Tensor stats = given ? empty({0}) : empty({3, p.splits, p.channels});
+  check_fp32(running.mean, p.features, "running_mean");
+  check_fp32(running.var, p.features, "running_var");
+  Tensor stats = given ? empty({0}) : empty({3, p.splits, p.features});
   if (!given) compute_stats(p, training, eps, running, fp32(stats));
   const Arrays arrays(p, given ? *given : stats, weight, bias, 3);
   p.residual = data(residual);
@@ -357,11 +383,11 @@ void batch_norm_inplace(Tensor x, const Optional& residual, const Optional& weig
 
 Tensor batch_norm_stats(const Tensor& x, int64_t num_splits) {
   const Task p(x, num_splits, kIdentity);
-  const int64_t size = p.splits * p.channels;
+  const int64_t size = p.size();
   const Scratch scratch(2 * p.sums_size() * static_cast<int64_t>(sizeof(double)));
   double *const mean = static_cast<double*>(scratch.get()), *const m2 = mean + p.sums_size();
   moments(p, mean, m2);
-  Tensor stats = empty({3, p.splits, p.channels});
+  Tensor stats = empty({3, p.splits, p.features});
   for (int64_t k = 0; k < size; ++k) {
     fp32(stats)[k] = static_cast<float>(mean[k]);
     fp32(stats)[size + k] = remainder(mean[k]);
@@ -375,8 +401,9 @@ void compute_sums(const Task& p, const float* stats, double* dz, double* dz_xhat
   p.sum_blocks(dz, dz_xhat, [&](const Block& b, double* dz_b, double* dz_x_b, float* work) {
     kernels().sums(p, b, {dz_b, dz_x_b}, work);
   });
-  merge_sums(p, dz, dz_xhat);
-  const int64_t size = p.splits * p.channels;
+  merge_sums(p, dz);
+  merge_sums(p, dz_xhat);
+  const int64_t size = p.size();
   for (int64_t k = 0; k < size; ++k) dz_xhat[k] = stats[2 * size + k] * (dz_xhat[k] - stats[size + k] * dz[k]);
 }
 
@@ -397,11 +424,11 @@ Tensor batch_norm_sums(const Tensor& dy, const Tensor& x, const Optional& residu
                        const Optional& weight, const Optional& bias, const Tensor& stats, int64_t activation) {
   Task p = backward_task(dy, x, residual, mask, stats, activation);
   const Arrays arrays(p, stats, weight, bias, 3);
-  const int64_t size = p.splits * p.channels;
+  const int64_t size = p.size();
   const Scratch scratch(2 * p.sums_size() * static_cast<int64_t>(sizeof(double)));
   double *const dz = static_cast<double*>(scratch.get()), *const dz_xhat = dz + p.sums_size();
   compute_sums(p, fp32(stats), dz, dz_xhat);
-  Tensor out = empty({2, p.splits, p.channels});
+  Tensor out = empty({2, p.splits, p.features});
   for (int64_t k = 0; k < size; ++k) {
     fp32(out)[k] = static_cast<float>(dz[k]);
     fp32(out)[size + k] = static_cast<float>(dz_xhat[k]);
@@ -416,11 +443,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& dy, cons
                                                           bool need_dx, bool need_dresidual) {
   Task p = backward_task(dy, x, residual, mask, stats, activation);
   const Arrays arrays(p, stats, weight, bias, 5);
-  const int64_t size = p.splits * p.channels;
+  const int64_t size = p.size();
   check_fp32(means, 2 * size, "means");
   const Scratch scratch(2 * p.sums_size() * static_cast<int64_t>(sizeof(double)));
   double *const dz = static_cast<double*>(scratch.get()), *const dz_xhat = dz + p.sums_size();
-  Tensor dweight = empty({means ? 0 : p.channels}), dbias = empty({means ? 0 : p.channels});
+  Tensor dweight = empty({means ? 0 : p.features}), dbias = empty({means ? 0 : p.features});
   if (means) {
     for (int64_t k = 0; k < size; ++k) {
       dz[k] = fp32(*means)[k];
@@ -429,9 +456,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& dy, cons
   } else {
     compute_sums(p, fp32(stats), dz, dz_xhat);
     const double n = static_cast<double>(std::max<int64_t>(p.count, 1));
-    for (int64_t c = 0; c < p.channels; ++c) {
+    for (int64_t c = 0; c < p.features; ++c) {
       double sum = 0, sum_xhat = 0;
-      for (int64_t k = c; k < size; k += p.channels) {
+      for (int64_t k = c; k < size; k += p.features) {
         sum += dz[k];
         sum_xhat += dz_xhat[k];
         dz[k] /= n;
@@ -446,8 +473,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& dy, cons
   float *const slope = arrays.array(p, 3), *const offset = arrays.array(p, 4);
   const float *low = fp32(stats) + size, *invstd = low + size;
   for (int64_t s = 0; training && s < p.splits; ++s)
-    for (int64_t c = 0; c < p.channels; ++c) {
-      const int64_t from = s * p.channels + c, to = s * p.per.stride + c;
+    for (int64_t k = 0; k < p.channels; ++k) {
+      const int64_t from = s * p.features + k % p.features, to = s * p.per.stride + k;
       const double scale = p.per.scale[to], along = scale * invstd[from] * dz_xhat[from];
       slope[to] = static_cast<float>(-along);
       offset[to] = static_cast<float>(along * low[from] - scale * dz[from]);

@@ -1,6 +1,6 @@
 // The sweeps of batch norm over a block, for one instruction set. No include guard: see simd.h.
 
-constexpr int kRowsAtOnce = 8;
+constexpr int kRowsAtOnce = 2;
 constexpr int64_t kTile = 128;          // values of a channel in rows, summed in fp32 before they are merged in fp64
 constexpr int64_t kPlaneTile = 4096;    // the same in planes, in as many chains as there are lanes
 constexpr int64_t kFirst = 256;         // values of a channel whose mean is the first shift
@@ -83,6 +83,9 @@ struct Reader {
     r.mean += c, r.scale += c, r.shift += c, r.slope += c, r.offset += c;
     return r;
   }
+  SSL_FAST_INLINE void to_next_row() {
+    x += length, dy += length, residual += length, mask += ceil_div(length, 8);
+  }
   // Values of a channel array for a vector that starts at element i of the line.
   static SSL_FAST_INLINE V channel(const float* values, int64_t i) { return kPlanes ? broadcast(*values) : load(values + i); }
   SSL_FAST_INLINE V centred(int64_t i, int n) const { return load_first(x + i, n) - channel(mean, i); }
@@ -112,15 +115,15 @@ SSL_FAST_INLINE void for_each_vector_of(int64_t length, const F& f) {
   if (i < length) f(i, static_cast<int>(length - i));
 }
 
-// f(line) for each line of a block, the last first: what the sums read last is still in the caches.
+// f(line) for each line of a block.
 template <class F>
 SSL_FAST_INLINE void for_each_line(const Problem& p, const Block& b, const F& f) {
   if (!p.planes) {
-    for (int64_t line = b.first + b.count; line-- > b.first;) f(line);
+    for (int64_t line = b.first; line < b.first + b.count; ++line) f(line);
     return;
   }
-  for (int64_t image = b.first + b.count; image-- > b.first;)
-    for (int64_t c = b.first_channel + b.channels; c-- > b.first_channel;) f(image * p.channels + c);
+  for (int64_t image = b.first; image < b.first + b.count; ++image)
+    for (int64_t c = b.first_channel; c < b.first_channel + b.channels; ++c) f(image * p.channels + c);
 }
 
 template <class T, bool kPlanes, int64_t kActivation, bool kResidual>
@@ -174,10 +177,12 @@ SSL_FAST_INLINE void sum_rows(const Problem& p, const Block& b, const R& all, fl
     end = std::min(begin + kTile, b.first + b.count);
     std::fill(work, work + 2 * padded, 0.0f);
     const auto add = [&](int64_t row, int64_t rows) SSL_FAST_LAMBDA {
+      const R start = all.at(row);
       for_each_vector_of(p.channels, [&](int64_t i, int n) SSL_FAST_LAMBDA {
         V sum[2] = {load(first + i), load(second + i)};
-        for (int64_t k = 0; k < rows; ++k) {
-          const Terms t = terms(all.at(row + k), i, n);
+        R r = start;
+        for (int64_t k = 0; k < rows; ++k, r.to_next_row()) {
+          const Terms t = terms(r, i, n);
           sum[0] += t.first;
           sum[1] += t.second;
         }
@@ -268,7 +273,7 @@ void moments_of_block(const Problem& p, const Block& b, const Moments& out, floa
   };
   Problem start = shifted;
   Block some = b;
-  some.count = std::min<int64_t>(b.count, kPlanes ? 1 : kRowsAtOnce);
+  some.count = std::min<int64_t>(b.count, kPlanes ? 1 : 8);
   if constexpr (kPlanes) start.part = std::min(p.length, kFirst);
   sum_block<T, kPlanes>(start, some, work, terms, [&](const float* sum, const float*, int64_t count) SSL_FAST_LAMBDA {
     for (int64_t c = 0; c < b.channels; ++c) shift[c] = sum[c] / static_cast<float>(count);

@@ -5,8 +5,28 @@ typedef uint16_t VShortUnaligned __attribute__((vector_size(2 * SSL_FAST_LANES),
 
 SSL_FAST_INLINE V as_float(VInt bits) { return reinterpret_cast<V>(bits); }
 SSL_FAST_INLINE VInt as_int(V v) { return reinterpret_cast<VInt>(v); }
+
+// GCC makes four instructions of these conversions where one or two do.
 SSL_FAST_INLINE VInt widen(const void* p) {
+#if SSL_FAST_X86_LANES == 16
+  return (VInt)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif SSL_FAST_X86_LANES == 8
+  return (VInt)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#else
   return __builtin_convertvector(*static_cast<const VShortUnaligned*>(p), VInt);
+#endif
+}
+
+// Of lanes from 0 to 65535.
+SSL_FAST_INLINE VShort narrow(VInt v) {
+#if SSL_FAST_X86_LANES == 16
+  return (VShort)_mm512_cvtepi32_epi16((__m512i)v);
+#elif SSL_FAST_X86_LANES == 8
+  const __m256i all = (__m256i)v;
+  return (VShort)_mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+#else
+  return __builtin_convertvector(v, VShort);
+#endif
 }
 
 SSL_FAST_INLINE V load_as_float(const float* p) { return load(p); }
@@ -30,9 +50,10 @@ SSL_FAST_INLINE V load_as_float(const Half* p) {
 
 // To nearest even.
 SSL_FAST_INLINE VShort rounded(V v, BFloat16) {
-  const VInt bits = as_int(v);
-  const VInt nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return __builtin_convertvector((v == v) ? nearest : VInt{} + 0x7fc0, VShort);
+  typedef uint32_t VUnsigned __attribute__((vector_size(4 * SSL_FAST_LANES)));
+  const VUnsigned bits = reinterpret_cast<VUnsigned>(v);
+  const VUnsigned nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return narrow((v == v) ? reinterpret_cast<VInt>(nearest) : VInt{} + 0x7fc0);
 }
 
 #if SSL_FAST_X86_LANES == 16
@@ -47,7 +68,7 @@ SSL_FAST_INLINE VShort rounded(V v, Half) {
   const VInt normal = (magnitude - (112 << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
   const VInt too_large = magnitude > 0x7f800000 ? VInt{} + 0x7e00 : VInt{} + 0x7c00;
   const VInt half = magnitude >= (143 << 23) ? too_large : magnitude < (113 << 23) ? subnormal : normal;
-  return __builtin_convertvector(half | (sign >> 16 & 0x8000), VShort);
+  return narrow(half | (sign >> 16 & 0x8000));
 }
 #endif
 
