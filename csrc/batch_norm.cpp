@@ -99,7 +99,7 @@ void copy_channels(const Optional& values, int64_t channels, float missing, cons
 
 // Rows shorter than this are taken several at a time, as rows of so many more channels: what a line costs beside its
 // elements is then paid once for all of them.
-constexpr int64_t kShortRow = 256;
+constexpr int64_t kShortRow = 512;
 
 // A tensor, and how it is cut into blocks.
 struct Task : Problem {

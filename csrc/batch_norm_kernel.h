@@ -1,9 +1,8 @@
 // The sweeps of batch norm over a block, for one instruction set. No include guard: see simd.h.
 
-constexpr int kRowsAtOnce = 2;
 constexpr int64_t kTile = 128;          // values of a channel in rows, summed in fp32 before they are merged in fp64
 constexpr int64_t kPlaneTile = 4096;    // the same in planes, in as many chains as there are lanes
-constexpr int64_t kFirst = 256;         // values of a channel whose mean is the first shift
+constexpr int64_t kFirst = 256, kFirstRows = 8;  // values of a channel whose mean is the first shift
 
 // ---- activations
 
@@ -82,9 +81,6 @@ struct Reader {
     r.mask += byte, r.new_mask += byte;
     r.mean += c, r.scale += c, r.shift += c, r.slope += c, r.offset += c;
     return r;
-  }
-  SSL_FAST_INLINE void to_next_row() {
-    x += length, dy += length, residual += length, mask += ceil_div(length, 8);
   }
   // Values of a channel array for a vector that starts at element i of the line.
   static SSL_FAST_INLINE V channel(const float* values, int64_t i) { return kPlanes ? broadcast(*values) : load(values + i); }
@@ -176,23 +172,15 @@ SSL_FAST_INLINE void sum_rows(const Problem& p, const Block& b, const R& all, fl
   for (int64_t begin = b.first, end; begin < b.first + b.count; begin = end) {
     end = std::min(begin + kTile, b.first + b.count);
     std::fill(work, work + 2 * padded, 0.0f);
-    const auto add = [&](int64_t row, int64_t rows) SSL_FAST_LAMBDA {
-      const R start = all.at(row);
+    // Row by row: several at a time would spare loads and stores of the sums, but memory likes one stream best.
+    for (int64_t row = begin; row < end; ++row) {
+      const R r = all.at(row);
       for_each_vector_of(p.channels, [&](int64_t i, int n) SSL_FAST_LAMBDA {
-        V sum[2] = {load(first + i), load(second + i)};
-        R r = start;
-        for (int64_t k = 0; k < rows; ++k, r.to_next_row()) {
-          const Terms t = terms(r, i, n);
-          sum[0] += t.first;
-          sum[1] += t.second;
-        }
-        store(first + i, sum[0]);
-        store(second + i, sum[1]);
+        const Terms t = terms(r, i, n);
+        store(first + i, load(first + i) + t.first);
+        store(second + i, load(second + i) + t.second);
       });
-    };
-    int64_t row = begin;
-    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) add(row, kRowsAtOnce);
-    if (row < end) add(row, end - row);
+    }
     merge(first, second, end - begin);
   }
 }
@@ -273,7 +261,7 @@ void moments_of_block(const Problem& p, const Block& b, const Moments& out, floa
   };
   Problem start = shifted;
   Block some = b;
-  some.count = std::min<int64_t>(b.count, kPlanes ? 1 : 8);
+  some.count = std::min<int64_t>(b.count, kPlanes ? 1 : kFirstRows);
   if constexpr (kPlanes) start.part = std::min(p.length, kFirst);
   sum_block<T, kPlanes>(start, some, work, terms, [&](const float* sum, const float*, int64_t count) SSL_FAST_LAMBDA {
     for (int64_t c = 0; c < b.channels; ++c) shift[c] = sum[c] / static_cast<float>(count);
