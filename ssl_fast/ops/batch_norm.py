@@ -468,6 +468,11 @@ def batch_norm(
     """
     code = _check(x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual,
                   num_splits, num_batches_tracked)  # fmt: skip
+    if training and x.numel() == x.shape[1] * num_splits:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)} with num_splits={num_splits}, allowed: more than one value per channel "
+            "and split when training; use a larger batch or eval()"
+        )
     if residual is not None and residual.dtype != x.dtype:  # type promotion needs a tensor of its own
         y = batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_splits=num_splits,
                        num_batches_tracked=num_batches_tracked)  # fmt: skip
@@ -557,19 +562,33 @@ def _check(
         raise TypeError(f"momentum: got {type(momentum).__name__}, allowed: a number such as 0.1, or None")
     if not isinstance(num_splits, int) or num_splits < 1 or N % num_splits:
         raise ValueError(f"num_splits: got {num_splits!r}, allowed: a divisor of the batch, {N}")
-    if x.numel() == C * num_splits:
-        raise ValueError(
-            f"x: got shape {tuple(x.shape)} with num_splits={num_splits}, allowed: more than one value per channel "
-            "and split when training; use a larger batch or eval()"
-        )
     return ACTIVATIONS[activation]
 
 
 # ---- modules
 
 
+class _RefusesConversion:
+    """torch's convert_sync_batchnorm would match our modules by isinstance and drop what is fused without a word; it
+    asks for `qconfig`, which quantisation sets, on its way."""
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        if module is not None and (module.activation is not None or module.num_splits != 1):
+            raise TypeError(
+                f"qconfig: got a module with activation={module.activation!r}, num_splits={module.num_splits}, which "
+                "torch's convert_sync_batchnorm and quantisation would drop; use ssl_fast.convert_sync_batchnorm"
+            )
+        raise AttributeError("qconfig")
+
+
 class _Fused(nn.modules.batchnorm._BatchNorm):
     """What the modules add to torch's: arguments of their own, statistics that stay fp32, and the operator."""
+
+    # Of the class too, so that a module of torch's becomes one of ours by its class alone.
+    activation: str | None = None
+    num_splits: int = 1
+    inplace: bool = False
+    qconfig: Any = _RefusesConversion()
 
     def __init__(
         self,
@@ -598,7 +617,10 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         self.inplace = inplace
         self._apply(lambda t: t)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, activation: str | None = None
+    ) -> Tensor:
+        """`activation` is for a caller who knows what follows; the default is the module's own."""
         self._check_input_dim(input)
         batch = self.training or (self.running_mean is None and self.running_var is None)
         updates = not self.training or self.track_running_stats
@@ -611,7 +633,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             batch,
             self.momentum,
             self.eps,
-            activation=self.activation,
+            activation=activation or self.activation,
             residual=residual,
             num_splits=self.num_splits,
             num_batches_tracked=self.num_batches_tracked if self.training and updates else None,
