@@ -81,11 +81,14 @@ def obstacle(norm: nn.Module, act: Any) -> str | None:
 
 
 def _title(module: nn.Module) -> str:
-    return f"{type(module).__name__}({module.extra_repr()})"
+    name, extra = module.__dict__.get("_before", type(module)).__name__, module.extra_repr()
+    return f"{name}({extra})" if extra else name
 
 
 def norm_act(x: Tensor, norm: nn.Module, act: Any, residual: Tensor | None = None, inplace: bool = True) -> Tensor:
     """act(norm(x) + residual), in one operator wherever nobody could tell, else as it is written (`inplace`: +=)."""
+    if isinstance(x, fx.Proxy):
+        return _recorded(x, norm, act, residual, inplace)
     alike = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
     if alike and obstacle(norm, act) is None:
         return norm(x, residual, activation=activation_of(act))
@@ -93,6 +96,18 @@ def norm_act(x: Tensor, norm: nn.Module, act: Any, residual: Tensor | None = Non
     if residual is not None:
         x = x.add_(residual) if inplace else x + residual
     return FUNCTIONS[act](x) if isinstance(act, str) else act(x)
+
+
+def _recorded(x: Any, norm: nn.Module, act: Any, residual: Any, inplace: bool) -> Any:
+    """The call as torch.fx is to see it: what is fused is decided when it runs."""
+
+    def reference(module: Any) -> Any:
+        if isinstance(module, str):
+            return module
+        return x.tracer.create_proxy("get_attr", x.tracer.path_of_module(module), (), {})
+
+    arguments = (x, reference(norm), reference(act), residual, inplace)
+    return x.tracer.create_proxy("call_function", norm_act, arguments, {})
 
 
 # ---- known blocks: what a subclass of each computes in their place
@@ -151,7 +166,7 @@ class _Sequential(_Subclass):
         modules = list(self._modules.values())
         i = 0
         while i < len(modules):
-            if type(modules[i]) in OURS and i + 1 < len(modules):
+            if type(modules[i]) in OURS and i + 1 < len(modules) and activation_of(modules[i + 1]) is not None:
                 input = norm_act(input, modules[i], modules[i + 1])
                 i += 2
             else:
@@ -432,22 +447,22 @@ def _late(model: nn.Module, norm: fx.Node, addition: fx.Node) -> str | None:
     return None
 
 
-def _traced(model: nn.Module, norms: set[nn.Module]) -> tuple[type | None, dict[nn.Module, str], dict[nn.Module, str]]:
-    """A class for a copy of model that fuses what torch.fx finds; what it finds by norm; why it finds no more."""
+def _traced(model: nn.Module, norms: set[nn.Module]) -> tuple[type | None, dict[nn.Module, str]]:
+    """A class for a copy of model that fuses what torch.fx finds, or None; and why it finds no more, by norm."""
     graph = _graph(model, norms)
     if isinstance(graph, str):
-        return None, {}, dict.fromkeys(norms, graph)
-    found: dict[nn.Module, str] = {}
+        return None, dict.fromkeys(norms, graph)
+    found: list[tuple[str, str, bool]] = []
     reasons = dict.fromkeys(norms, "torch.fx sees no call of it")
     for node in list(graph.nodes):
         norm = model.get_submodule(node.target) if node.op == "call_module" else None
-        if norm not in norms or len(node.args) != 1 or node.kwargs:
+        if norm not in norms or len(node.args) != 1:
             continue
         match = _follow(model, node)
         if isinstance(match, str):
             reasons[norm] = match
             continue
-        found[norm] = ("" if match.residual is None else "add, ") + str(activation_of(match.by))
+        found.append((node.target, str(activation_of(match.by)), match.sum is not None))
         with graph.inserting_before(match.sum or node):
             by = match.by if isinstance(match.by, str) else graph.get_attr(str(match.act.target))
             arguments = [node.args[0], graph.get_attr(node.target), by]
@@ -458,36 +473,42 @@ def _traced(model: nn.Module, norms: set[nn.Module]) -> tuple[type | None, dict[
             if old is not None:
                 graph.erase_node(old)
     if not found:
-        return None, found, reasons
+        return None, reasons
     before, *mixins = getattr(type(model), "_parts", (type(model),))
-    forward = type(fx.GraphModule(model, graph)).forward
-    return type(f"Fused{before.__name__}", (_subclass(before, _Traced, *mixins),), {"forward": forward}), found, reasons
+    members = {"forward": type(fx.GraphModule(model, graph)).forward, "found": tuple(found)}
+    return type(f"Fused{before.__name__}", (_subclass(before, _Traced, *mixins),), members), reasons
 
 
 class _Traced(_Subclass):
     """A model whose forward is what torch.fx has seen; it looks again where it is copied or loaded."""
 
+    found: tuple[tuple[str, str, bool], ...]
+
+    def sites(self: Any) -> Iterator[Site]:
+        yield from super().sites()
+        for name, act, residual in self.found:
+            yield Site(self.get_submodule(name), act, residual)
+
     def __setstate__(self: Any, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         before, _, *mixins = self._parts
-        plain = _subclass(before, *mixins) if mixins else before
-        self.__class__ = _traced(_twin(self, plain), _survey(self)[1])[0] or plain
+        plain = _twin(self, _subclass(before, *mixins) if mixins else before)
+        self.__class__ = _traced(plain, _survey(plain)[1])[0] or type(plain)
 
 
 # ---- the whole model
 
 
-def _survey(model: nn.Module) -> tuple[dict[nn.Module, list[Site]], set[nn.Module]]:
-    """The known places of each norm of ours; and those norms of which only the model's forward tells what follows."""
-    sites: dict[nn.Module, list[Site]] = {}
+def _survey(model: nn.Module) -> tuple[list[Site], set[nn.Module]]:
+    """The known places of norms; and those norms of which only the model's forward tells what follows."""
+    sites: list[Site] = []
     settled: set[nn.Module] = set()
     for module in model.modules():
-        for site in _sites(module):
-            sites.setdefault(site.norm, []).append(site)
-        if issubclass(_candidate(module) or type(module), _Block):
+        sites += _sites(module)
+        if issubclass(_candidate(module) or type(module), (_Block, _Traced)):
             settled.update(module.modules())
     norms = {module for module in model.modules() if type(module) in OURS}
-    return sites, norms - settled - set(sites)
+    return sites, norms - settled - {site.norm for site in sites}
 
 
 @dataclass(repr=False)
@@ -520,8 +541,9 @@ class Report:
     @property
     def summary(self) -> str:
         counts = f"{len(self.fused)} norms fused, {len(self.swapped)} swapped alone, {len(self.left)} left"
-        rebuilt = "" if self.model is self._given else "; the forward was rebuilt: use report.model"
-        return f"accelerate: {counts}; {self.changed} modules changed{rebuilt}"
+        rebuilt = self.model is not self._given
+        note = "; use report.model, whose forward was rebuilt" if rebuilt else "" if self.changed else "; no change"
+        return f"accelerate: {counts}{note}"
 
     def __str__(self) -> str:
         states = (("fused", self.fused), ("swapped", self.swapped), ("left", self.left))
@@ -593,29 +615,30 @@ def _accelerate(model: nn.Module, fuse: bool, trace: bool, changed: list[nn.Modu
             if candidate is not None:
                 become(norm, candidate)
             if isinstance(norm, _TimmBatchNormAct):
-                hindrance = norm.hindrance()
-                (reasons if hindrance else fused)[norm] = hindrance or str(activation_of(norm.act))
+                hindrance, what = norm.hindrance(), activation_of(norm.act)
+                if hindrance is None and what is not None:
+                    fused[norm] = what
+                else:
+                    reasons[norm] = hindrance or "it has no activation"
         sites, unknown = _survey(model)
         for module in list(model.modules()):
             candidate = _candidate(module)
             if candidate is not None and any(site.reason() is None for site in _sites(module)):
                 become(module, candidate)
-        for norm, places in sites.items():
-            for site in places:
-                reason = site.reason()
-                (fused if reason is None else reasons)[norm] = reason or site.what()
-        already = isinstance(model, _Traced)
-        if unknown and not already:
-            if trace:
-                cls, found, why = _traced(model, unknown)
-                fused |= {norm: f"{what}, in report.model" for norm, what in found.items()}
-                reasons |= why
-                if cls is not None:
-                    report.model = copy.copy(model)
-                    report.model.__dict__["_before"] = model.__dict__.get("_before", type(model))
-                    report.model.__class__ = cls
-            else:
-                reasons |= dict.fromkeys(unknown, "only torch.fx could tell what follows: trace=False")
+        for site in sites:
+            reason = site.reason()
+            (fused if reason is None else reasons)[site.norm] = reason or site.what()
+        if unknown and not trace:
+            reasons |= dict.fromkeys(unknown, "only torch.fx could tell what follows: trace=False")
+        elif unknown:
+            cls, why = _traced(model, unknown)
+            reasons |= why
+            if cls is not None:
+                report.model = copy.copy(model)
+                report.model.__dict__["_before"] = model.__dict__.get("_before", type(model))
+                report.model.__class__ = cls
+                for site in _sites(report.model):
+                    fused.setdefault(site.norm, f"{site.what()}, in report.model")
     for norm, name in norms.items():
         if not isinstance(norm, _Fused):
             report.left[name] = reasons.get(norm) or _left(norm)

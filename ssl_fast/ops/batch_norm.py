@@ -147,7 +147,8 @@ def _derivative(u: Tensor, activation: int) -> Tensor:
 def _pack(positive: Tensor, x: Tensor) -> Tensor:
     """Booleans of x's shape as the mask."""
     rows, width = mask_shape(x)
-    flat = (positive.movedim(1, -1) if channels_innermost(x) else positive).reshape(rows, -1)
+    rowwise = positive.movedim(1, -1) if channels_innermost(x) else positive
+    flat = rowwise.reshape(rows, x.numel() // rows if rows else 0)
     bits = F.pad(flat.to(torch.uint8), (0, 8 * width - flat.shape[1])).view(rows, width, 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=x.device)).sum(-1, dtype=torch.uint8).flatten()
 
@@ -156,7 +157,7 @@ def _unpack(mask: Tensor, x: Tensor) -> Tensor:
     rows, width = mask_shape(x)
     bits = (mask.view(rows, width, 1) >> torch.arange(8, dtype=torch.uint8, device=x.device)) & 1
     length = x.numel() // rows if rows else 0
-    flat = bits.view(rows, -1)[:, :length].bool()
+    flat = bits.view(rows, 8 * width)[:, :length].bool()
     if channels_innermost(x):
         return flat.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
     return flat.view(x.shape)
