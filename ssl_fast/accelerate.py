@@ -341,12 +341,27 @@ IN_PLACE = (operator.iadd, "add_")
 FRESH = (nn.modules.conv._ConvNd, nn.Linear)  # what they return is nobody else's
 
 
+class _Proxy(fx.Proxy):
+    """fx takes x += y for x = x + y, which another name for x would not notice."""
+
+
+def _augmented(assign: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    return lambda self, other: self.tracer.create_proxy("call_function", assign, (self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _augmented(getattr(operator, _name)))
+
+
 class _Tracer(fx.Tracer):
     """Sees the calls of some modules, and takes every other one as a whole."""
 
     def __init__(self, inside: set[nn.Module]) -> None:
         super().__init__()
         self.inside = inside
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self.inside
@@ -641,7 +656,7 @@ def _accelerate(model: nn.Module, fuse: bool, trace: bool, changed: list[nn.Modu
                     fused.setdefault(site.norm, f"{site.what()}, in report.model")
     for norm, name in norms.items():
         if not isinstance(norm, _Fused):
-            report.left[name] = reasons.get(norm) or _left(norm)
+            report.left[name] = _left(norm)
         elif norm in fused:
             report.fused[name] = fused[norm]
         else:
@@ -657,6 +672,8 @@ def _left(norm: nn.Module) -> str:
         return "it is parametrised"
     if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
         return "it is not initialised: run a batch first"
+    if _candidate(norm) is not None:
+        return "fuse=False"
     return f"{type(norm).__name__} is a subclass that is not known"
 
 
