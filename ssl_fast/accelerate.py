@@ -1,10 +1,10 @@
 """`accelerate`: ssl_fast's norms in the place of torch's inside a built model, each one operator with the addition and
 the activation that follow it.
 
-A norm becomes ours by its class alone. What is fused is a matter of the place where it is called: a known block, or an
-nn.Sequential, gets a subclass whose forward calls `norm_act`, and any other model a forward that torch.fx has rebuilt to
-do so. Modules themselves never change what they compute, so that one which is shared, indexed, hooked or replaced later
-behaves as before.
+A norm becomes ours by its class alone. Fusing is a matter of the place where it is called: a known block, or an
+nn.Sequential, gets a subclass whose forward calls `norm_act`, and any other model a forward rebuilt by torch.fx that
+does. No module changes what it computes itself, so that one which is shared, indexed, hooked or replaced later behaves
+as before.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def activation_of(act: Any) -> str | None:
 
 def hooked(module: nn.Module) -> bool:
     """Whether somebody watches a module's calls, or has replaced them."""
-    hooks = (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in module.__dict__
 
 
@@ -139,17 +137,17 @@ class _Subclass:
         return iter(())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        state = super().__reduce_ex__(protocol)[2:]
         return (_new, self._parts, *state)
 
 
 @functools.cache
-def _subclass(before: type, *mixins: type) -> type:
+def _subclass(before: Any, *mixins: Any) -> type:
     return type(f"Fused{before.__name__}", (*mixins, before), {"_parts": (before, *mixins)})
 
 
-def _new(before: type, *mixins: type) -> nn.Module:
-    cls = _subclass(before, *mixins)
+def _new(before: type, *mixins: type) -> Any:
+    cls: Any = _subclass(before, *mixins)
     return cls.__new__(cls)
 
 
@@ -308,19 +306,20 @@ def _mixin(cls: type) -> type | None:
     return None
 
 
-def _twin(module: nn.Module, cls: type) -> Any:
+def _twin(module: nn.Module, cls: Any) -> Any:
     """What module would be in another class."""
     twin = cls.__new__(cls)
     object.__setattr__(twin, "__dict__", module.__dict__)
     return twin
 
 
-def _candidate(module: nn.Module) -> type | None:
+def _candidate(module: Any) -> Any:
     """The class that a module of a known one would have."""
     if isinstance(module, _Subclass) or "forward" in module.__dict__:
         return None
-    mixin = _mixin(type(module))
-    return None if mixin is None else _subclass(type(module), mixin)
+    kind: Any = type(module)
+    mixin = _mixin(kind)
+    return None if mixin is None else _subclass(kind, mixin)
 
 
 def _sites(module: nn.Module) -> list[Site]:
@@ -489,7 +488,8 @@ def _traced(model: nn.Module, norms: set[nn.Module]) -> tuple[type | None, dict[
                 graph.erase_node(old)
     if not found:
         return None, reasons
-    before, *mixins = getattr(type(model), "_parts", (type(model),))
+    parts: tuple[Any, ...] = getattr(model, "_parts", (type(model),))
+    before, *mixins = parts
     members = {"forward": type(fx.GraphModule(model, graph)).forward, "found": tuple(found)}
     return type(f"Fused{before.__name__}", (_subclass(before, _Traced, *mixins),), members), reasons
 

@@ -18,7 +18,6 @@ from ssl_fast.ops.batch_norm import (
     _activate,
     _check,
     _Fused,
-    accumulator,
     batch_norm_bwd,
     batch_norm_fwd,
     batch_norm_inplace,
@@ -276,8 +275,10 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
                 "timm.layers.convert_sync_batchnorm does for timm's"
             )
         if getattr(norm, "num_splits", 1) != 1:
-            raise ValueError(f"{where} with num_splits={norm.num_splits}, allowed: 1; statistics are either a part's or "
-                             "those of all processes")  # fmt: skip
+            raise ValueError(
+                f"{where} with num_splits={norm.num_splits}, allowed: 1; statistics are those of a part of the batch, "
+                "or of all processes, so set num_splits to 1 or leave the module out"
+            )
     for _, norm in norms:
         norm.__class__ = SyncBatchNorm
         norm.process_group = process_group

@@ -37,17 +37,17 @@ def image(*shape: int, seed: int = 0) -> Tensor:
 def passes(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Outputs, gradients and buffers after a step in training and one in eval."""
     result = {}
-    inputs = tuple(x.clone().requires_grad_() for x in inputs)
     for mode in (True, False):
         model.train(mode).zero_grad()
+        leaves = [x.clone().requires_grad_() for x in inputs]
         torch.manual_seed(0)
-        y = model(*(x.clone() for x in inputs))
-        (gx,) = torch.autograd.grad(y.square().mean(), inputs[:1], retain_graph=True)
+        y = model(*(x.clone() for x in leaves))
         y.square().mean().backward()
         gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        result |= {f"y {mode}": y.detach(), f"dx {mode}": gx, f"gradients {mode}": torch.cat(gradients)}
-        with torch.no_grad():
-            result[f"no grad {mode}"] = model(*(x.clone() for x in inputs))
+        result |= {f"y {mode}": y.detach(), f"dx {mode}": leaves[0].grad, f"gradients {mode}": torch.cat(gradients)}
+        if mode:  # as a momentum encoder
+            with torch.no_grad():
+                result["no grad"] = model(*(x.clone() for x in inputs))
     return result | {f"buffer {name}": b.double() for name, b in model.named_buffers()}
 
 
@@ -79,7 +79,7 @@ def simclr() -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
     "resnet18": (torchvision.models.resnet18, 9, 8, 3),
     "resnet50": (torchvision.models.resnet50, 33, 16, 4),
-    "vgg11_bn": (lambda: torchvision.models.vgg11_bn().features, 8, 0, 0),
+    "vgg11_bn": (lambda: torchvision.models.vgg11_bn().features[:22], 6, 0, 0),
     "mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(dropout=0), 5, 0, 29),
     "densenet": (lambda: torchvision.models.DenseNet(8, (2, 2), 16), 11, 0, 0),
     "timm resnet18": (timm("resnet18"), 9, 8, 3),
@@ -107,8 +107,11 @@ def test_models_are_what_they_were(name: str) -> None:
     assert all(a is b for a, b in zip(parameters, report.model.parameters(), strict=True))
     assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
     same_names(report.model, eager)
-    inputs = (image(4, 3, 32, 32),) if name != "simclr" else (image(3, 3, 16, 16), image(3, 3, 16, 16, seed=1))
-    equal(report.model, eager, *inputs)
+    equal(
+        report.model,
+        eager,
+        *((image(3, 3, 8, 8), image(3, 3, 8, 8, seed=1)) if name == "simclr" else (image(4, 3, 32, 32),)),
+    )
 
 
 # ---- models whose forwards call the norms themselves
@@ -269,7 +272,7 @@ def test_sequences() -> None:
         nn.Sequential(nn.Linear(6, 6), norm, nn.SiLU(), nn.Linear(6, 6), norm),
         nn.Sequential(nn.BatchNorm1d(6), nn.LeakyReLU(), nn.BatchNorm1d(6), nn.GELU(), relu),
         nn.Sequential(nn.BatchNorm1d(6), nn.LeakyReLU(0.2), nn.BatchNorm1d(6), nn.GELU("tanh")),
-        nn.Sequential(nn.BatchNorm1d(6), nn.ReLU6(), nn.BatchNorm1d(6), nn.Hardswish(), nn.BatchNorm1d(6), nn.Linear(6, 6)),
+        nn.Sequential(nn.BatchNorm1d(6), nn.ReLU6(), nn.BatchNorm1d(6), nn.Hardswish(), nn.BatchNorm1d(6), nn.Tanh()),
         nn.Sequential(LeftAlone(6), nn.ReLU(), patched(), nn.ReLU(), parametrised(), nn.ReLU()),
         nn.Sequential(nn.SyncBatchNorm(6), nn.ReLU(), ssl_fast.nn.BatchNorm1d(6, activation="relu"), nn.ReLU()),
     ).double()  # fmt: skip
@@ -282,9 +285,9 @@ def test_sequences() -> None:
     assert report.swapped == {
         "3.0": "followed by LeakyReLU(negative_slope=0.2)",
         "3.2": "followed by GELU(approximate='tanh')",
-        "4.0": "followed by ReLU6(inplace=False)" if "inplace" in nn.ReLU6().extra_repr() else "followed by ReLU6",
+        "4.0": "followed by ReLU6",
         "4.2": "followed by Hardswish",
-        "4.4": "followed by Linear(in_features=6, out_features=6, bias=True)",
+        "4.4": "followed by Tanh",
         "6.2": "it has an activation of its own, relu",
     }
     assert report.left == {
@@ -454,7 +457,7 @@ def test_a_subclass_of_a_known_class_that_calls_things_otherwise_is_left_to_torc
 
 def test_less_is_kept_for_the_backward() -> None:
     def kept(model: nn.Module) -> tuple[int, int]:
-        """Bytes that operators save, and bytes of memory behind them: an activation in place is the next one's input."""
+        """Bytes that operators save, and of the memory behind them, which the next convolution shares."""
         saved: list[int] = []
         memory: dict[int, int] = {}
         weights = {weight.data_ptr() for weight in model.parameters()}
@@ -475,17 +478,18 @@ def test_less_is_kept_for_the_backward() -> None:
     model = torchvision.models.resnet18()
     (saved, memory), _ = kept(model), accelerate(model)
     saved_now, memory_now = kept(model)
-    print(saved, saved_now, memory, memory_now)
     assert saved_now < 0.75 * saved and memory_now <= memory
 
 
 def test_compile_takes_the_whole_graph() -> None:
-    for model in (resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1]), Custom(branches)):
+    small = torchvision.models.resnet18()
+    small.layer2, small.layer3, small.layer4, small.fc = nn.Identity(), nn.Identity(), nn.Identity(), nn.Linear(64, 4)
+    for model in (small, Custom(branches)):
         eager = copy.deepcopy(model)
         compiled = torch.compile(accelerate(model).model, fullgraph=True, backend="aot_eager")
-        x = torch.randn(2, 4 if isinstance(model, Custom) else 3, 32, 32)
+        x = torch.randn(2, 4 if isinstance(model, Custom) else 3, 16, 16)
         y, want = compiled(x), eager(x)
-        assert torch.allclose(y, want, atol=1e-3)
+        assert torch.allclose(y, want, atol=1e-4)
         y.square().sum().backward()
         want.square().sum().backward()
         for p, q in zip(model.parameters(), eager.parameters(), strict=True):

@@ -284,8 +284,7 @@ def test_four_processes_with_a_converted_and_accelerated_model(tmp_path: Path) -
 
 
 def test_merge_keeps_what_a_mean_rounds_away() -> None:
-    x = torch.randn(4, 1000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + torch.tensor([0, 1e4, -3e5])
-    x = x.float().double()
+    x = torch.randn(4, 1000, 3, generator=torch.Generator().manual_seed(0)).add(torch.tensor([0, 1e4, -3e5])).double()
     rows, counts = [], (1000, 1, 0, 613)
     for part, count in zip(x, counts, strict=True):
         part = part[:count]

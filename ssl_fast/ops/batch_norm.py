@@ -618,9 +618,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         self.inplace = inplace
         self._apply(lambda t: t)
 
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, activation: str | None = None
-    ) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, activation: str | None = None) -> Tensor:
         """`activation` is for a caller who knows what follows; the default is the module's own."""
         self._check_input_dim(input)
         batch = self.training or (self.running_mean is None and self.running_var is None)
