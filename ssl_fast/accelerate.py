@@ -12,10 +12,12 @@ from __future__ import annotations
 import copy
 import functools
 import operator
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -213,12 +215,13 @@ class _ResNet(_Subclass):
 
 class _TimmBlock(_Block):
     def _drop_block(self: Any, x: Tensor, norm: nn.Module, act: nn.Module) -> Tensor:
-        if type(self.drop_block) is nn.Identity:
+        if self._dropped() is None:
             return norm_act(x, norm, act)
         return act(self.drop_block(norm(x)))
 
     def _dropped(self: Any) -> str | None:
-        return None if type(self.drop_block) is nn.Identity else f"followed by {_title(self.drop_block)}"
+        plain = type(self.drop_block) is nn.Identity and not hooked(self.drop_block)
+        return None if plain else f"followed by {_title(self.drop_block)}"
 
     def _tail(self: Any, out: Tensor, norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
         if self._between() is not None:
@@ -352,18 +355,38 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(_Proxy, f"__{_name}__", _augmented(getattr(operator, _name)))
 
 
+def _modes() -> Any:
+    """What a block in a forward can set for the calls within, and a graph does not hold."""
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # as checkpoint sets
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, hooks
+
+
 class _Tracer(fx.Tracer):
-    """Sees the calls of some modules, and takes every other one as a whole."""
+    """Sees the calls of some modules, and takes every other one as a whole; raises for what a graph cannot say."""
 
     def __init__(self, inside: set[nn.Module]) -> None:
         super().__init__()
         self.inside = inside
+        self.modes = _modes()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self.inside
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise NotImplementedError("it sets no_grad, autocast or checkpointing for a part of its calls")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            root: Any = self.root
+            if not any(a is own for tensors in (root.parameters(), root.buffers()) for own in tensors):
+                raise NotImplementedError("it makes a tensor, which would be the same one at every call")
+        return super().create_arg(a)
 
 
 def _around(model: nn.Module, norms: set[nn.Module]) -> dict[nn.Module, str]:
@@ -377,25 +400,45 @@ def _around(model: nn.Module, norms: set[nn.Module]) -> dict[nn.Module, str]:
     return around
 
 
+def _state(modules: set[nn.Module]) -> list[Any]:
+    """What a forward could change: attributes, what containers among them hold, tensors in place, random numbers."""
+
+    def of(value: Any, inside: bool = False) -> Any:
+        if isinstance(value, Tensor):
+            return id(value), value._version
+        if isinstance(value, (dict, list, set)) and not inside:
+            return [of(item, True) for item in (value.values() if isinstance(value, dict) else value)]
+        return id(value)
+
+    attributes = [{name: of(value) for name, value in vars(m).items() if name != "training"} for m in modules]
+    return [attributes, random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[2:]]
+
+
 def _graph(model: nn.Module, norms: set[nn.Module]) -> fx.Graph | str:
-    """The calls in the forward of a model; or why they cannot be known."""
+    """The calls in the forward of a model; or why they cannot be known.
+
+    Traced is a copy of the modules around the norms, so that a forward which does more than call leaves nothing behind.
+    """
     around = _around(model, norms)
     watched = [name for module, name in around.items() if hooked(module)]
     if watched:
         return f"torch.fx does not see the hooks of {watched[0] or 'the model'}"
-    modes = {module: module.training for module in around}
+    kept: list[Any] = [*model.parameters(), *(module for module in model.modules() if module not in around)]
     graphs = []
     try:
+        shell = copy.deepcopy(model, {id(thing): thing for thing in kept})
+        inside = {shell.get_submodule(name) for name in around.values()}
+        before = _state(inside)
         for mode in (True, False, True):
-            for module in around:
+            for module in inside:
                 module.training = mode
-            graphs.append(_Tracer(set(around)).trace(model))
+            with torch.set_grad_enabled(mode):
+                graphs.append(_Tracer(inside).trace(shell))
+        if _state(inside) != before:
+            return f"torch.fx does not see that {type(model).__name__} sets attributes or draws random numbers"
     except Exception as error:  # whatever a forward raises where it meets a proxy
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"torch.fx cannot trace {type(model).__name__}: {first}"
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if len({str(graph) for graph in graphs}) > 1:
         return f"the calls of {type(model).__name__} depend on more than its input"
     return graphs[0]

@@ -125,7 +125,8 @@ class Custom(nn.Module):
         self.a, self.b = (nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(2))
         self.n, self.m = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
         self.act = nn.ReLU(inplace=True) if act is None else act
-        self.calls = forward
+        self.calls, self.extra = forward, 1000
+        self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.calls(self, x)
@@ -154,6 +155,35 @@ def twice_before_the_sum(s: Custom, x: Tensor) -> Tensor:
     first = s.n(s.a(x))
     second = s.n(s.b(x))
     return F.relu(first + x) + second
+
+
+def without_gradient(s: Custom, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        keys = s.act(s.n(s.a(x)))
+    return s.b(x) * keys
+
+
+def autocast(s: Custom, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=True):
+        return s.act(s.n(s.a(x)))
+
+
+def checkpointed(s: Custom, x: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(lambda x: s.act(s.n(s.a(x))), x, use_reentrant=False)
+
+
+def random_depth(s: Custom, x: Tensor) -> Tensor:
+    return s.act(s.n(s.a(x))) if torch.rand(()) < 2 else x
+
+
+def counted(s: Custom, x: Tensor) -> Tensor:
+    s.extra += 1
+    return s.act(s.n(s.a(x)))
+
+
+def counted_in_place(s: Custom, x: Tensor) -> Tensor:
+    s.count += 1
+    return s.act(s.n(s.a(x)))
 
 
 def branches(s: Custom, x: Tensor) -> Tensor:
@@ -187,6 +217,14 @@ FORWARDS: dict[str, tuple[Callable[[Custom, Tensor], Tensor], dict[str, str]]] =
     "number": (lambda s, x: F.relu(s.n(s.a(x)) + 1), {}),
     "scaled": (lambda s, x: F.relu(torch.add(s.n(s.a(x)), x, alpha=2)), {}),
     "another slope": (lambda s, x: F.leaky_relu(s.n(s.a(x)), 0.2), {}),
+    "no_grad": (without_gradient, {}),
+    "autocast": (autocast, {}),
+    "checkpoint": (checkpointed, {}),
+    "random": (random_depth, {}),
+    "sets an attribute": (counted, {}),
+    "sets a buffer": (counted_in_place, {}),
+    "makes a tensor": (lambda s, x: F.relu(s.n(s.a(x)) + torch.arange(5)), {}),
+    "depends on gradients": (lambda s, x: F.relu(s.n(s.a(x)) if torch.is_grad_enabled() else s.n(x)), {}),
     "depends on the mode": (lambda s, x: s.act(s.n(s.a(x))) if s.training else s.act(s.n(x)), {}),
     "depends on the values": (lambda s, x: s.act(s.n(s.a(x))) if x.sum() > 0 else s.n(x), {}),
 }  # fmt: skip
@@ -215,6 +253,14 @@ REASONS = {
     "input used before the sum": "its input is used elsewhere before its sum",
     "number": "followed by the addition of 1",
     "another slope": "no supported activation follows",
+    "no_grad": "torch.fx cannot trace Custom: it sets no_grad, autocast or checkpointing",
+    "autocast": "torch.fx cannot trace Custom: it sets no_grad, autocast or checkpointing",
+    "checkpoint": "torch.fx cannot trace Custom: it sets no_grad, autocast or checkpointing",
+    "random": "torch.fx does not see that Custom sets attributes or draws random numbers",
+    "sets an attribute": "torch.fx does not see that Custom sets attributes",
+    "sets a buffer": "torch.fx does not see that Custom sets attributes",
+    "makes a tensor": "torch.fx cannot trace Custom: it makes a tensor",
+    "depends on gradients": "the calls of Custom depend on more than its input",
     "depends on the mode": "the calls of Custom depend on more than its input",
     "depends on the values": "torch.fx cannot trace Custom: symbolically traced variables cannot be used as inputs to",
 }
@@ -222,7 +268,8 @@ REASONS = {
 
 @pytest.mark.parametrize("name", REASONS)
 def test_reasons(name: str) -> None:
-    report = accelerate(Custom(FORWARDS[name][0]))
+    report = accelerate(model := Custom(FORWARDS[name][0]))
+    assert model.extra == 1000 and model.count == 0
     assert report.swapped["n"].startswith(REASONS[name]) and REASONS[name] in str(report)
 
 
