@@ -411,7 +411,12 @@ def _state(modules: set[nn.Module]) -> list[Any]:
         return id(value)
 
     attributes = [{name: of(value) for name, value in vars(m).items() if name != "training"} for m in modules]
-    return [attributes, random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[2:]]
+    return [
+        attributes,
+        random.getstate(),
+        torch.get_rng_state().tolist(),
+        str(np.random.get_state()),
+    ]  # str: shows the position
 
 
 def _graph(model: nn.Module, norms: set[nn.Module]) -> fx.Graph | str:

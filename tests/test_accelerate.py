@@ -208,7 +208,7 @@ FORWARDS: dict[str, tuple[Callable[[Custom, Tensor], Tensor], dict[str, str]]] =
     "shared norm": (lambda s, x: s.n(s.b(s.act(s.n(s.a(x))))), {"n": "relu"}),
     "norm used twice": (lambda s, x: F.relu(y := s.n(s.a(x))) + y, {}),
     "norm added to itself": (lambda s, x: F.relu((y := s.n(s.a(x))) + y), {}),
-    "sum used twice": (lambda s, x: s.m(y := s.n(s.a(x)) + x) + F.relu(y), {}),
+    "sum used twice": (lambda s, x: F.relu(y := s.n(s.a(x)) + x) + s.m(y), {}),
     "added in place to another": (add_to_another, {}),
     "another name for what is added to": (another_name, {"n": "relu"}),
     "input used before the sum": (lambda s, x: F.relu(s.n(y := s.a(x)) + y.relu()), {}),
