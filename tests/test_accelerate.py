@@ -79,14 +79,13 @@ def simclr() -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
     "resnet18": (torchvision.models.resnet18, 9, 8, 3),
     "resnet50": (torchvision.models.resnet50, 33, 16, 4),
-    "vgg11_bn": (lambda: torchvision.models.vgg11_bn().features[:22], 6, 0, 0),
+    "vgg11_bn": (lambda: torchvision.models.vgg11_bn().features[:11], 3, 0, 0),
     "mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(dropout=0), 5, 0, 29),
     "densenet": (lambda: torchvision.models.DenseNet(8, (2, 2), 16), 11, 0, 0),
     "timm resnet18": (timm("resnet18"), 9, 8, 3),
     "timm resnet26d": (timm("resnet26d"), 19, 8, 4),
     "timm seresnet, drop path": (timm("seresnet18", drop_path_rate=0.1), 9, 0, 11),
-    "timm efficientnet": (timm("efficientnet_lite0", drop_path_rate=0.0), 0, 0, 49),
-    "timm ghost": (timm("mobilenetv3_small_050"), 5, 0, 29),
+    "timm mobilenetv3": (timm("mobilenetv3_small_050"), 5, 0, 29),
     "simclr": (simclr, 10, 8, 3),
 }
 
