@@ -2,11 +2,13 @@
 
 from ssl_fast import functional, nn
 from ssl_fast._op import backend
+from ssl_fast.accelerate import accelerate
 from ssl_fast.methods.simclr import SimCLR
 from ssl_fast.ops.ema import ema_update_
 from ssl_fast.ops.info_nce import CLIPLoss, InfoNCE, SupConLoss
 from ssl_fast.ops.nt_xent import NTXentLoss
 from ssl_fast.queue import KeyQueue
+from ssl_fast.sync_batch_norm import convert_sync_batchnorm
 
 __version__ = "0.1.0"
 
@@ -17,7 +19,9 @@ __all__ = [
     "NTXentLoss",
     "SimCLR",
     "SupConLoss",
+    "accelerate",
     "backend",
+    "convert_sync_batchnorm",
     "ema_update_",
     "functional",
     "nn",

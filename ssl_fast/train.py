@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssl_fast.accelerate import accelerate as accelerated
 from ssl_fast.arguments import check_arguments
 from ssl_fast.augment import Policy, TwoViews, policy_named
 from ssl_fast.backbones import SMALL_IMAGE, build_encoder
@@ -43,6 +44,7 @@ def train(
     weight_decay: float | None = None,
     warmup_epochs: float | None = None,
     precision: str = "fp32",
+    accelerate: bool = False,
     device: str = "auto",
     num_workers: int | None = None,
     seed: int = 0,
@@ -77,6 +79,8 @@ def train(
         weight_decay: default 1e-6, 1e-4 or 0.05; never on biases and normalisation.
         warmup_epochs: of linear warm-up before the cosine decay; default a tenth of the epochs, at most 10.
         precision: "fp32", or "bf16" for autocast (the loss is fp32 in any case).
+        accelerate: put ssl_fast's fused norms into the encoder and the head, as `ssl_fast.accelerate` does; checkpoints
+            have the same keys.
         device: "auto", "cpu", "cuda" or "cuda:N".
         num_workers: processes that decode images from a folder; 0 decodes in this one; default one a core, at most 8.
         seed: of weights, data order and augmentation.
@@ -108,8 +112,11 @@ def train(
 
     seed_everything(seed)
     encoder, features = build_encoder(model, images.size, images.channels, stem)
+    if accelerate:
+        encoder = accelerated(encoder).model
     network = METHODS[method](encoder, features, **method_args).to(chosen)
     network.to(memory_format=torch.channels_last)
+    norms = [accelerated(network, trace=False).summary] if accelerate else []
     views = TwoViews(_policy(augment, images), images.size, images.channels)
     optim = build_optimizer(network, optimizer, batch_size, lr, weight_decay)
     peak = [group["lr"] for group in optim.param_groups]
@@ -136,7 +143,7 @@ def train(
     run.open()
     progress, watch = Progress(total, step), Stopwatch()
     try:
-        for note in [*images.notes, _summary(run, network, images, chosen, total, step)]:
+        for note in [*images.notes, _summary(run, network, images, chosen, total, step), *norms]:
             log.info("%s", note)
         if knn_every and images.test is None:
             log.info("kNN is skipped: %s has no labels", images.name)

@@ -93,9 +93,9 @@ def whole(tmp_path_factory):
     return metrics(folder)
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
-def test_resume_after_sigkill_equals_an_unbroken_run(tmp_path, optimizer):
-    settings = {**QUICK, "optimizer": optimizer, "save_every": 2, "keep_every": 1}
+@pytest.mark.parametrize("optimizer, accelerate", [("lars", False), ("adamw", True)])
+def test_resume_after_sigkill_equals_an_unbroken_run(tmp_path, optimizer, accelerate):
+    settings = {**QUICK, "optimizer": optimizer, "accelerate": accelerate, "save_every": 2, "keep_every": 1}
     train(tmp_path / "whole", model=tiny(), **settings)
     # Killed in step 6: after the checkpoint of step 4, in the middle of the second epoch, with step 5 already recorded.
     killed = in_process(f"train('broken', model=tiny(die=6), **{settings})", tmp_path)
@@ -111,6 +111,15 @@ def test_resume_after_sigkill_equals_an_unbroken_run(tmp_path, optimizer):
     assert sorted(p.name for p in (tmp_path / "broken/checkpoints").glob("epoch*")) == [
         f"epoch_000{i}.pt" for i in (1, 2, 3)
     ]
+
+
+def test_accelerate_changes_rounding_alone(tmp_path, whole):
+    train(tmp_path, model=tiny(), accelerate=True, **QUICK)
+    assert "accelerate: 2 norms fused, 0 swapped alone, 0 left" in (tmp_path / "train.log").read_text()
+    ours, theirs = ([row["loss"] for row in rows if "loss" in row] for rows in (metrics(tmp_path), whole))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    with pytest.raises(ValueError, match="accelerate: was True, now False"):
+        train(tmp_path, model=tiny(), resume=True, **QUICK)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path, whole):

@@ -147,7 +147,8 @@ def _derivative(u: Tensor, activation: int) -> Tensor:
 def _pack(positive: Tensor, x: Tensor) -> Tensor:
     """Booleans of x's shape as the mask."""
     rows, width = mask_shape(x)
-    flat = (positive.movedim(1, -1) if channels_innermost(x) else positive).reshape(rows, -1)
+    rowwise = positive.movedim(1, -1) if channels_innermost(x) else positive
+    flat = rowwise.reshape(rows, x.numel() // rows if rows else 0)
     bits = F.pad(flat.to(torch.uint8), (0, 8 * width - flat.shape[1])).view(rows, width, 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=x.device)).sum(-1, dtype=torch.uint8).flatten()
 
@@ -156,7 +157,7 @@ def _unpack(mask: Tensor, x: Tensor) -> Tensor:
     rows, width = mask_shape(x)
     bits = (mask.view(rows, width, 1) >> torch.arange(8, dtype=torch.uint8, device=x.device)) & 1
     length = x.numel() // rows if rows else 0
-    flat = bits.view(rows, -1)[:, :length].bool()
+    flat = bits.view(rows, 8 * width)[:, :length].bool()
     if channels_innermost(x):
         return flat.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
     return flat.view(x.shape)
@@ -468,6 +469,11 @@ def batch_norm(
     """
     code = _check(x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual,
                   num_splits, num_batches_tracked)  # fmt: skip
+    if training and x.numel() == x.shape[1] * num_splits:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)} with num_splits={num_splits}, allowed: more than one value per channel "
+            "and split when training; use a larger batch or eval()"
+        )
     if residual is not None and residual.dtype != x.dtype:  # type promotion needs a tensor of its own
         y = batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_splits=num_splits,
                        num_batches_tracked=num_batches_tracked)  # fmt: skip
@@ -557,19 +563,33 @@ def _check(
         raise TypeError(f"momentum: got {type(momentum).__name__}, allowed: a number such as 0.1, or None")
     if not isinstance(num_splits, int) or num_splits < 1 or N % num_splits:
         raise ValueError(f"num_splits: got {num_splits!r}, allowed: a divisor of the batch, {N}")
-    if x.numel() == C * num_splits:
-        raise ValueError(
-            f"x: got shape {tuple(x.shape)} with num_splits={num_splits}, allowed: more than one value per channel "
-            "and split when training; use a larger batch or eval()"
-        )
     return ACTIVATIONS[activation]
 
 
 # ---- modules
 
 
+class _RefusesConversion:
+    """torch's convert_sync_batchnorm would match our modules by isinstance and drop what is fused without a word; it
+    asks for `qconfig`, which quantisation sets, on its way."""
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        if module is not None and (module.activation is not None or module.num_splits != 1):
+            raise TypeError(
+                f"qconfig: got a module with activation={module.activation!r}, num_splits={module.num_splits}, which "
+                "torch's convert_sync_batchnorm and quantisation would drop; use ssl_fast.convert_sync_batchnorm"
+            )
+        raise AttributeError("qconfig")
+
+
 class _Fused(nn.modules.batchnorm._BatchNorm):
     """What the modules add to torch's: arguments of their own, statistics that stay fp32, and the operator."""
+
+    # Of the class too, so that a module of torch's becomes one of ours by its class alone.
+    activation: str | None = None
+    num_splits: int = 1
+    inplace: bool = False
+    qconfig: Any = _RefusesConversion()
 
     def __init__(
         self,
@@ -598,7 +618,8 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         self.inplace = inplace
         self._apply(lambda t: t)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+        """`activation` is for a caller who knows what follows; the default is the module's own."""
         self._check_input_dim(input)
         batch = self.training or (self.running_mean is None and self.running_var is None)
         updates = not self.training or self.track_running_stats
@@ -611,7 +632,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             batch,
             self.momentum,
             self.eps,
-            activation=self.activation,
+            activation=activation or self.activation,
             residual=residual,
             num_splits=self.num_splits,
             num_batches_tracked=self.num_batches_tracked if self.training and updates else None,
