@@ -15,13 +15,13 @@ namespace portable {
 
 // Memory sets the pace, and vectors of 32 bytes reach it: there is no variant for wider ones.
 #if defined(__x86_64__)
-#define SSL_FAST_F16C
+#define SSL_FAST_AVX2
 SSL_FAST_TARGET_BEGIN("avx2,fma,f16c")
 namespace avx2 {
 #include "ema_simd.h"
 }  // namespace avx2
 SSL_FAST_TARGET_END
-#undef SSL_FAST_F16C
+#undef SSL_FAST_AVX2
 #endif
 
 auto choose_update() {

@@ -1,101 +1,176 @@
-// The EMA of one chunk on a CPU, in plain loops that the compiler turns into vectors. No include guard: included once
-// per instruction set, inside a namespace of its own and under that set's target pragma. SSL_FAST_F16C: has the
-// conversions of fp16 in hardware.
-//
-// A part of the chunk is widened into a buffer that stays in the first-level cache, unless it is fp32 (fp64) already,
-// updated there, and narrowed: one loop a dtype, not one for each pair of dtypes, and memory is what takes the time.
+// The EMA of one chunk on a CPU. No include guard: included once per instruction set, inside a namespace of its own and
+// under that set's target pragma. SSL_FAST_F16C: has the conversions of fp16 in hardware.
 
-constexpr int64_t kPart = 1024;
-static_assert(kChunk % kPart == 0);
+constexpr int kLanes = 8;
+typedef float V __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef float VUnaligned __attribute__((vector_size(4 * kLanes), aligned(4)));
 
-template <class Math, class T>
-void widen(const T* from, int64_t n, Math* to) {
-  int64_t i = 0;
-#if defined(SSL_FAST_F16C)
-  if constexpr (std::is_same_v<T, Half> && std::is_same_v<Math, float>) {
-    for (; i + 8 <= n; i += 8)
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-  }
+SSL_FAST_INLINE V as_floats(Bits bits) { return reinterpret_cast<V>(bits); }
+SSL_FAST_INLINE Bits as_bits(V v) { return reinterpret_cast<Bits>(v); }
+
+SSL_FAST_INLINE V load(const float* p) { return *reinterpret_cast<const VUnaligned*>(p); }
+SSL_FAST_INLINE void store(float* p, V v) { *reinterpret_cast<VUnaligned*>(p) = v; }
+
+#if defined(SSL_FAST_AVX2)
+SSL_FAST_INLINE Bits widen(const void* p) {
+  return reinterpret_cast<Bits>(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+}
+SSL_FAST_INLINE void store_low_halves(void* p, Bits bits) {
+  const __m256i v = reinterpret_cast<__m256i>(bits);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  _mm_storeu_si128(static_cast<__m128i*>(p), packed);
+}
+SSL_FAST_INLINE V load(const Half* p) {
+  return reinterpret_cast<V>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+SSL_FAST_INLINE void store(Half* p, V v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
+}
+#else
+typedef uint16_t Narrow __attribute__((vector_size(2 * kLanes)));
+typedef uint16_t NarrowUnaligned __attribute__((vector_size(2 * kLanes), aligned(2)));
+SSL_FAST_INLINE Bits widen(const void* p) {
+  const Narrow bits = *static_cast<const NarrowUnaligned*>(p);
+  return __builtin_convertvector(bits, Bits);
+}
+SSL_FAST_INLINE void store_low_halves(void* p, Bits bits) {
+  *static_cast<NarrowUnaligned*>(p) = __builtin_convertvector(bits, Narrow);
+}
+SSL_FAST_INLINE V load(const Half* p) {
+  float values[kLanes];
+  for (int i = 0; i < kLanes; ++i) values[i] = p[i];
+  return load(values);
+}
+SSL_FAST_INLINE void store(Half* p, V v) {
+  float values[kLanes];
+  store(values, v);
+  for (int i = 0; i < kLanes; ++i) p[i] = values[i];
+}
 #endif
-  for (; i < n; ++i) to[i] = static_cast<Math>(from[i]);
+
+SSL_FAST_INLINE V load(const BFloat16* p) { return as_floats(widen(p) << 16); }
+SSL_FAST_INLINE void store(BFloat16* p, V v) {  // to nearest even
+  const Bits bits = as_bits(v), nan = Bits{} + 0x7fc0;
+  store_low_halves(p, v == v ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : nan);
 }
 
-template <class Math, class T>
-void narrow(const Math* from, int64_t n, T* to) {
-  int64_t i = 0;
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    for (; i < n; ++i) {  // to nearest even, without the branch of BFloat16's own conversion
-      const float x = static_cast<float>(from[i]);
-      const uint32_t bits = bits_as<uint32_t>(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-      to[i].x = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-    }
-  }
-#if defined(SSL_FAST_F16C)
-  if constexpr (std::is_same_v<T, Half> && std::is_same_v<Math, float>) {
-    for (; i + 8 <= n; i += 8)
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
-  }
-#endif
-  for (; i < n; ++i) to[i] = static_cast<T>(from[i]);
+// ---- the same as Noise, stochastic() and Lerp of ema.h, for vectors
+
+SSL_FAST_INLINE Bits mix_lanes(Bits x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
 }
 
-template <class T, class Math>
-void add_noise(Math* values, int64_t n, int64_t first, const Noise& noise) {
-  for (int64_t i = 0; i < n; ++i)
-    values[i] = static_cast<Math>(stochastic<T>(static_cast<float>(values[i]), noise(first + i)));
+SSL_FAST_INLINE Bits draw(const Noise& noise, int64_t element) {
+  const Bits lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  return mix_lanes((lane + static_cast<uint32_t>(element)) ^ noise.key);
 }
 
-// Elements first .. first + n of a tensor as Math: where they lie, or in the room given.
-template <class Math>
-Math* read(void* data, DType type, int64_t first, int64_t n, Math* room) {
-  const auto as = [&](auto* from) {
-    if constexpr (std::is_same_v<decltype(from), Math*>) {
-      return from + first;
+SSL_FAST_INLINE Ints finite(V x) { return x - x == 0; }
+
+SSL_FAST_INLINE V round_stochastically(BFloat16, V x, Bits noise) {
+  const Bits bits = as_bits(x);
+  return as_floats(finite(x) ? (bits + (noise >> 16)) & 0xffff0000 : bits);
+}
+
+SSL_FAST_INLINE V round_stochastically(Half, V x, Bits noise) {
+  const Bits bits = as_bits(x), zero = {};
+  const V size = as_floats(bits & 0x7fffffff);
+  const auto subnormal = size < 0x1p-14f;  // where fp16 is a grid of 2^-24
+  const V steps = as_floats(subnormal ? as_bits(size) : zero) * 0x1p24f +
+                  __builtin_convertvector(reinterpret_cast<Ints>(noise >> 16), V) * 0x1p-16f;
+  const V tiny = __builtin_convertvector(__builtin_convertvector(steps, Ints), V) * 0x1p-24f;
+  const Bits rounded = subnormal ? as_bits(tiny) | (bits & 0x80000000) : (bits + (noise >> 19)) & 0xffffe000;
+  return as_floats(finite(x) ? rounded : bits);
+}
+
+SSL_FAST_INLINE V average(V target, V source, const Lerp<float>& lerp) {
+  if (lerp.keep == 0) return source;
+  return lerp.take < 0.5f ? target + lerp.take * (source - target) : source - lerp.keep * (source - target);
+}
+
+// ---- a chunk
+
+// Eight elements of what a Pair describes. Copy: the type of its copy, void for none.
+template <class T, class S, class Copy, bool kRandom>
+SSL_FAST_INLINE void update_lanes(T* target, const S* source, uint16_t* copy, int64_t element, const Lerp<float>& lerp,
+                                  const Noise& noise) {
+  V x = average(load(target), load(source), lerp);
+  if constexpr (kRandom) x = round_stochastically(T{}, x, draw(noise, element));
+  store(target, x);
+  if constexpr (!std::is_void_v<Copy>) store(reinterpret_cast<Copy*>(copy), x);
+}
+
+template <class T, class S, class Copy, bool kRandom>
+void update_part(const Pair& pair, int64_t begin, int64_t end, Lerp<float> lerp, Noise noise) {
+  T* const target = static_cast<T*>(pair.target);
+  const S* const source = static_cast<const S*>(pair.source);
+  uint16_t* const copy = pair.copy;
+  constexpr bool kCopies = !std::is_void_v<Copy>;
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes)
+    update_lanes<T, S, Copy, kRandom>(target + i, source + i, kCopies ? copy + i : nullptr, i, lerp, noise);
+  if (i == end) return;
+  const int64_t rest = end - i;
+  T last_target[kLanes] = {};
+  S last_source[kLanes] = {};
+  uint16_t last_copy[kLanes];
+  std::copy_n(target + i, rest, last_target);
+  std::copy_n(source + i, rest, last_source);
+  update_lanes<T, S, Copy, kRandom>(last_target, last_source, last_copy, i, lerp, noise);
+  std::copy_n(last_target, rest, target + i);
+  if constexpr (kCopies) std::copy_n(last_copy, rest, copy + i);
+}
+
+template <class T, class S>
+void update_doubles(const Pair& pair, int64_t begin, int64_t end, const Lerp<double>& lerp, const Noise* noise) {
+  T* const target = static_cast<T*>(pair.target);
+  const S* const source = static_cast<const S*>(pair.source);
+  for (int64_t i = begin; i < end; ++i) {
+    const double x = lerp(static_cast<double>(target[i]), static_cast<double>(source[i]));
+    if constexpr (sizeof(T) == 2) {
+      const float single = static_cast<float>(x);
+      target[i] = noise ? stochastic<T>(single, (*noise)(i)) : single;
     } else {
-      widen(from + first, n, room);
-      return room;
+      target[i] = static_cast<T>(x);
+      if (pair.copy == nullptr) continue;
+      const float single = static_cast<float>(x);
+      pair.copy[i] = pair.copy_type == kHalf ? Half(single).x : BFloat16(single).x;
     }
-  };
-  switch (type) {
-    case kFloat: return as(static_cast<float*>(data));
-    case kBFloat16: return as(static_cast<BFloat16*>(data));
-    case kHalf: return as(static_cast<Half*>(data));
-    default: return as(static_cast<double*>(data));
   }
 }
 
-template <class Math>
-void write(const Math* values, void* data, DType type, int64_t first, int64_t n) {
-  switch (type) {
-    case kFloat: return narrow(values, n, static_cast<float*>(data) + first);
-    case kBFloat16: return narrow(values, n, static_cast<BFloat16*>(data) + first);
-    case kHalf: return narrow(values, n, static_cast<Half*>(data) + first);
-    default: return narrow(values, n, static_cast<double*>(data) + first);
-  }
-}
-
-template <class Math>
-void move(Math* target, const Math* source, int64_t n, const Lerp<Math>& lerp) {
-  if (lerp.keep == 0) {
-    std::memcpy(target, source, n * sizeof(Math));
-  } else if (lerp.take < Math(0.5)) {
-    for (int64_t i = 0; i < n; ++i) target[i] = target[i] + lerp.take * (source[i] - target[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) target[i] = source[i] - lerp.keep * (source[i] - target[i]);
-  }
-}
-
-template <class Math>
+template <class T, class S>
 void update_as(const Pair& pair, int64_t begin, int64_t end, const Weights& weights, const Noise* noise) {
-  alignas(64) Math target_room[kPart], source_room[kPart];
-  for (int64_t first = begin; first < end; first += kPart) {
-    const int64_t n = std::min(end - first, kPart);
-    Math* const target = read(pair.target, pair.target_type, first, n, target_room);
-    move(target, read(const_cast<void*>(pair.source), pair.source_type, first, n, source_room), n, weights.lerp<Math>());
-    if (noise && pair.target_type == kBFloat16) add_noise<BFloat16>(target, n, first, *noise);
-    if (noise && pair.target_type == kHalf) add_noise<Half>(target, n, first, *noise);
-    if (target == target_room) write(target, pair.target, pair.target_type, first, n);
-    if (pair.copy != nullptr) write(target, pair.copy, pair.copy_type, first, n);
+  if constexpr (std::is_same_v<T, double> || std::is_same_v<S, double>) {
+    update_doubles<T, S>(pair, begin, end, weights.twice, noise);
+  } else {
+    const auto part = [&](auto copy, auto random) {
+      update_part<T, S, typename decltype(copy)::type, decltype(random)::value>(pair, begin, end, weights.single,
+                                                                               noise ? *noise : Noise(0, 0));
+    };
+    using std::type_identity;
+    if constexpr (sizeof(T) == 2) {
+      noise ? part(type_identity<void>{}, std::true_type{}) : part(type_identity<void>{}, std::false_type{});
+    } else if (pair.copy == nullptr) {
+      part(type_identity<void>{}, std::false_type{});
+    } else {
+      pair.copy_type == kHalf ? part(type_identity<Half>{}, std::false_type{})
+                              : part(type_identity<BFloat16>{}, std::false_type{});
+    }
+  }
+}
+
+template <class F>
+SSL_FAST_INLINE void with_type(DType type, const F& f) {
+  switch (type) {
+    case kFloat: return f(float{});
+    case kBFloat16: return f(BFloat16{});
+    case kHalf: return f(Half{});
+    default: return f(double{});
   }
 }
 
@@ -103,9 +178,11 @@ void update_as(const Pair& pair, int64_t begin, int64_t end, const Weights& weig
 void update_chunk(const Pair& pair, int64_t begin, int64_t end, const Weights& weights, const Noise* noise) {
   if (pair.target_type == kByte) {
     std::memcpy(static_cast<char*>(pair.target) + begin, static_cast<const char*>(pair.source) + begin, end - begin);
-  } else if (pair.target_type == kDouble || pair.source_type == kDouble) {
-    update_as<double>(pair, begin, end, weights, noise);
-  } else {
-    update_as<float>(pair, begin, end, weights, noise);
+    return;
   }
+  with_type(pair.target_type, [&](auto target) {
+    with_type(pair.source_type, [&](auto source) {
+      update_as<decltype(target), decltype(source)>(pair, begin, end, weights, noise);
+    });
+  });
 }
