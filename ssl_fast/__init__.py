@@ -3,7 +3,7 @@
 from ssl_fast import functional, nn
 from ssl_fast._op import backend
 from ssl_fast.methods.simclr import SimCLR
-from ssl_fast.ops.ema import ema_update_
+from ssl_fast.ops.ema import EMA, cosine_momentum, ema_update_, update_momentum
 from ssl_fast.ops.info_nce import CLIPLoss, InfoNCE, SupConLoss
 from ssl_fast.ops.nt_xent import NTXentLoss
 from ssl_fast.queue import KeyQueue
@@ -12,14 +12,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CLIPLoss",
+    "EMA",
     "InfoNCE",
     "KeyQueue",
     "NTXentLoss",
     "SimCLR",
     "SupConLoss",
     "backend",
+    "cosine_momentum",
     "ema_update_",
     "functional",
     "nn",
+    "update_momentum",
     "__version__",
 ]
