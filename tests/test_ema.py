@@ -344,13 +344,11 @@ def network() -> nn.Module:
 
 
 def step(model: nn.Module, seed: int) -> None:
-    """Other weights and statistics, as a training step would leave them; a frozen weight stays."""
+    """Other weights and statistics, as a training step would leave them; what is frozen stays."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.requires_grad or (tensor.is_floating_point() and tensor.isfinite().all() and not tensor.is_leaf):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
-        model[1].running_mean.normal_(generator=None).clamp_(-3, 3)
+        for tensor in (*filter(lambda p: p.requires_grad, model.parameters()), model[1].running_mean):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
         model[1].num_batches_tracked.add_(1)
 
 
