@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <deque>
 #include <numeric>
 #include <optional>
 #include <utility>
@@ -19,8 +20,8 @@ namespace ssl_fast::ema {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline DType type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline DType type_of(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float: return kFloat;
     case ScalarType::BFloat16: return kBFloat16;
     case ScalarType::Half: return kHalf;
@@ -43,6 +44,11 @@ inline bool dense(const Tensor& tensor) {
     expected *= sizes[d];
   }
   return true;
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto left = a.sizes(), right = b.sizes();
+  return std::equal(left.begin(), left.end(), right.begin(), right.end());
 }
 
 inline bool same_strides(const Tensor& a, const Tensor& b) {
@@ -76,28 +82,32 @@ struct Lists {
     pairs.reserve(targets.size());
     for (size_t i = 0; i < targets.size(); ++i) {
       const Tensor &target = targets[i], &source = sources[i];
-      const DType to = type_of(target), from = type_of(source);
-      const bool average = static_cast<int64_t>(i) < averaged, alike = target.scalar_type() == source.scalar_type();
-      STD_TORCH_CHECK(here(target) && here(source) && target.numel() == source.numel() && target.dim() == source.dim(),
+      const ScalarType dtype = target.scalar_type(), source_dtype = source.scalar_type();
+      const DType to = type_of(dtype), from = type_of(source_dtype);
+      const bool average = static_cast<int64_t>(i) < averaged;
+      STD_TORCH_CHECK(here(target) && here(source) && same_shape(target, source),
                       "ema_update_: pair ", i, " differs in shape, or lies on another device");
-      STD_TORCH_CHECK((to != kByte && from != kByte) || (!average && alike),
+      STD_TORCH_CHECK((to != kByte && from != kByte) || (!average && dtype == source_dtype),
                       "ema_update_: averages float16, bfloat16, float32 and float64, and copies equal dtypes; pair ", i);
-      const Tensor to_update = written(target);
-      const Tensor read = dense(source) && same_strides(to_update, source) ? source : copy_in_layout_of(to_update, source);
-      if (read.get() != source.get()) kept_.push_back(read);
+      const bool plain = target.is_contiguous();
+      const Tensor& to_update = plain || dense(target) ? target : keep(torch::stable::contiguous(target));
+      if (&to_update != &target) late_.emplace_back(target, to_update);
+      const auto alike = [&](const Tensor& other) {
+        return (plain && other.is_contiguous()) || (dense(other) && same_strides(to_update, other));
+      };
+      const Tensor& read = alike(source) ? source : keep(copy_in_layout_of(to_update, source));
       Pair pair{to_update.mutable_data_ptr(), read.const_data_ptr(), nullptr, target.numel(), 0, to, from, kFloat, average};
-      if (!average && alike) {
+      if (!average && dtype == source_dtype) {
         pair.target_type = pair.source_type = kByte;
         pair.numel *= static_cast<int64_t>(target.element_size());
       }
       if (i < copies.size()) {
-        pair.copy_type = type_of(copies[i]);
-        STD_TORCH_CHECK(here(copies[i]) && copies[i].numel() == target.numel() && copies[i].dim() == target.dim() &&
-                            to == kFloat && (pair.copy_type == kHalf || pair.copy_type == kBFloat16),
+        pair.copy_type = type_of(copies[i].scalar_type());
+        STD_TORCH_CHECK(here(copies[i]) && same_shape(target, copies[i]) && to == kFloat &&
+                            (pair.copy_type == kHalf || pair.copy_type == kBFloat16),
                         "ema_update_: copies are float16 or bfloat16 of float32 targets; copy ", i);
-        const bool direct = dense(copies[i]) && same_strides(to_update, copies[i]);
-        const Tensor copy = direct ? copies[i] : copy_in_layout_of(to_update, copies[i]);
-        if (!direct) late_.emplace_back(copies[i], copy);
+        const Tensor& copy = alike(copies[i]) ? copies[i] : keep(copy_in_layout_of(to_update, copies[i]));
+        if (&copy != &copies[i]) late_.emplace_back(copies[i], copy);
         pair.copy = static_cast<uint16_t*>(copy.mutable_data_ptr());
       }
       pairs.push_back(pair);
@@ -110,14 +120,10 @@ struct Lists {
   }
 
  private:
-  Tensor written(const Tensor& target) {
-    if (dense(target)) return target;
-    Tensor whole = torch::stable::contiguous(target);
-    late_.emplace_back(target, whole);
-    return whole;
-  }
+  // Until the launch: the allocator may hand freed memory to the next copy.
+  const Tensor& keep(Tensor tensor) { return kept_.emplace_back(std::move(tensor)); }
 
-  std::vector<Tensor> kept_;  // the allocator may hand freed memory to the next copy
+  std::deque<Tensor> kept_;
   std::vector<std::pair<Tensor, Tensor>> late_;
 };
 

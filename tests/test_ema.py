@@ -528,16 +528,15 @@ STRUCTURES: dict[str, Callable[[nn.Module], object]] = {
 
 @pytest.mark.parametrize("message", STRUCTURES)
 def test_ema_refuses_another_structure_and_stays_whole(message: str) -> None:
-    average = EMA(network())
-    average.update(network())
+    average, fitting, model = EMA(network()), network(), network()
+    average.update(fitting)
     before = {n: t.clone() for n, t in average.state_dict().items()}
-    model = network()
     other = STRUCTURES[message](model) or model
     for _ in range(2):
         with pytest.raises((ValueError, TypeError), match=message):
             average.update(other)
     assert all(torch.equal(average.state_dict()[n], t) for n, t in before.items())
-    average.update(network())
+    average.update(fitting)
     assert average.num_updates == 2
 
 
