@@ -1,5 +1,5 @@
 // The EMA of one chunk on a CPU. No include guard: included once per instruction set, inside a namespace of its own and
-// under that set's target pragma. SSL_FAST_F16C: has the conversions of fp16 in hardware.
+// under that set's target pragma. SSL_FAST_AVX2: it has AVX2 and the conversions of fp16.
 
 constexpr int kLanes = 8;
 typedef float V __attribute__((vector_size(4 * kLanes)));
