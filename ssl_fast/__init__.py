@@ -4,7 +4,7 @@ from ssl_fast import functional, nn
 from ssl_fast._op import backend
 from ssl_fast.accelerate import accelerate
 from ssl_fast.methods.simclr import SimCLR
-from ssl_fast.ops.ema import ema_update_
+from ssl_fast.ops.ema import EMA, cosine_momentum, ema_update_, update_momentum
 from ssl_fast.ops.info_nce import CLIPLoss, InfoNCE, SupConLoss
 from ssl_fast.ops.nt_xent import NTXentLoss
 from ssl_fast.queue import KeyQueue
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CLIPLoss",
+    "EMA",
     "InfoNCE",
     "KeyQueue",
     "NTXentLoss",
@@ -22,8 +23,10 @@ __all__ = [
     "accelerate",
     "backend",
     "convert_sync_batchnorm",
+    "cosine_momentum",
     "ema_update_",
     "functional",
     "nn",
+    "update_momentum",
     "__version__",
 ]

@@ -74,7 +74,20 @@ def launch_info_nce(module, complete):
             module.info_nce_one_pass(x, y, t, *seen, normalize)
 
 
-LAUNCHES = {"nt_xent": launch_nt_xent, "info_nce": launch_info_nce}
+def launch_ema(module, complete):
+    """The launcher with a momentum of each dtype, on and off the 16-byte grid, with stochastic rounding and without."""
+    import torch
+
+    count = torch.zeros(3, dtype=torch.int64)
+    for at in (0, 1):
+        target, copy = torch.zeros(4096)[at:], torch.zeros(4096, dtype=torch.bfloat16)[at:]
+        for dtype in (torch.float32, torch.float64) if complete else (torch.float64,):
+            for seed in (None, count[0]):
+                momentum = torch.tensor(0.9, dtype=dtype)
+                module.ema_update_([target, count], [target, count], momentum, 1, [copy], seed)
+
+
+LAUNCHES = {"nt_xent": launch_nt_xent, "info_nce": launch_info_nce, "ema": launch_ema}
 
 
 # ---- in the process without the interpreter
@@ -120,7 +133,8 @@ def ast_source(kernel, arguments):
     import torch
     from triton.compiler import ASTSource
 
-    pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+    pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
+    pointers |= {torch.int32: "*i32", torch.int64: "*i64"}
     signature, constants, attrs = {}, {}, {}
     for index, param in enumerate(kernel.params):
         value = arguments[param.name]

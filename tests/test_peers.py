@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_fast import CLIPLoss, InfoNCE, NTXentLoss, SupConLoss
+from ssl_fast import EMA, CLIPLoss, InfoNCE, NTXentLoss, SupConLoss, update_momentum
 
 TOLERANCE = 1e-5
 
@@ -74,3 +74,38 @@ def test_pytorch_metric_learning(classes):
     z = rows(64, 20)
     labels = torch.randint(0, classes, (64,), generator=torch.Generator().manual_seed(1))
     check(SupConLoss(0.1), peer.SupConLoss(0.1), z, labels)
+
+
+def networks(count: int) -> list[nn.Module]:
+    """Of one structure, with weights and statistics of their own."""
+    made = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 16, 5))
+        model(torch.randn(4, 3, 6, 6))
+        made.append(model)
+    return made
+
+
+def test_lightlys_update_momentum():
+    peer = pytest.importorskip("lightly.models.utils")
+    model, ours, theirs = networks(3)
+    theirs.load_state_dict(ours.state_dict())
+    for _ in range(20):
+        update_momentum(model, ours, m=0.99)
+        peer.update_momentum(model, theirs, m=0.99)
+    for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("exclude_buffers", (False, True))
+def test_timms_model_ema(exclude_buffers):
+    peer = pytest.importorskip("timm.utils")
+    start, *models = networks(20)
+    ours = EMA(start, 0.99, buffers="copy" if exclude_buffers else "ema")
+    theirs = peer.ModelEmaV3(start, decay=0.99, exclude_buffers=exclude_buffers)
+    for model in models:
+        ours.update(model)
+        theirs.update(model)
+    for a, b in zip(ours.module.state_dict().values(), theirs.module.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
