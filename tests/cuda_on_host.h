@@ -1,5 +1,5 @@
-// Runs CUDA kernels on the host, for tests: one block at a time, each of its threads a fiber that gives way where it has
-// to wait for others. It stands in for csrc/mma.h, its instructions as the PTX manual defines them.
+// Runs CUDA kernels on the host, for tests: one block at a time, or all of a cooperative launch together, each of their
+// threads a fiber that gives way where it has to wait for others. It stands in for csrc/mma.h, its instructions as the PTX manual defines them.
 #pragma once
 
 #include <torch/headeronly/macros/Macros.h>
@@ -50,23 +50,29 @@ struct Fiber {
   bool done = false;
 };
 
-inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
-inline std::function<void()> kernel;
-inline std::vector<char> shared;
-
-// Who has come to a barrier of the block or of a warp, and what the threads have brought.
+// Who has come to a barrier, and what the threads have brought to it.
 struct Barrier {
   int arrived = 0;
   uint64_t round = 0;
 };
-inline Barrier block_barrier, warp_barriers[32];
-inline uint64_t brought[1024];
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<char> shared;
+  Barrier barrier, warp_barriers[32];
+  uint64_t brought[1024];
+};
+
+inline Block* block;
+inline ucontext_t scheduler;
+inline std::function<void()> kernel;
+inline Barrier grid_barrier;
+inline int grid_threads;
 inline uint64_t progress;
 
 inline void yield() {
   const unsigned self = threadIdx.x;
-  swapcontext(&fibers[self].context, &scheduler);
+  swapcontext(&block->fibers[self].context, &scheduler);
   threadIdx.x = self;
 }
 
@@ -81,15 +87,16 @@ inline void wait(Barrier& barrier, int count) {
   while (barrier.round == round) yield();
 }
 
-inline void sync_warp() { wait(warp_barriers[threadIdx.x / 32], 32); }
+inline void sync_warp() { wait(block->warp_barriers[threadIdx.x / 32], 32); }
 
 // Each lane of a warp brings a value; f then sees all 32.
 template <class T, class F>
 auto in_warp(T value, const F& f) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t* const brought = block->brought;
   std::memcpy(&brought[threadIdx.x], &value, sizeof(T));
   sync_warp();
-  const auto of = [base = threadIdx.x / 32 * 32](int lane) {
+  const auto of = [brought, base = threadIdx.x / 32 * 32](int lane) {
     T other;
     std::memcpy(&other, &brought[base + lane], sizeof(T));
     return other;
@@ -101,18 +108,19 @@ auto in_warp(T value, const F& f) {
 
 inline void enter() {
   kernel();
-  fibers[threadIdx.x].done = true;
+  block->fibers[threadIdx.x].done = true;
   for (;;) yield();
 }
 
-// A launch of `blocks` blocks. Shared memory starts out as NaN. False where threads wait for each other for ever.
-inline bool launch(unsigned blocks, int threads, int shared_bytes, std::function<void()> f) {
-  kernel = std::move(f);
-  shared.assign(shared_bytes + 1024, '\xff');
-  for (unsigned block = 0; block < blocks; ++block) {
-    blockIdx.x = block;
-    fibers = std::vector<Fiber>(threads);
-    for (Fiber& fiber : fibers) {
+// Runs the blocks from `first` to before `last` together. False where threads wait for each other for ever.
+inline bool run(unsigned first, unsigned last, int threads, int shared_bytes) {
+  std::vector<Block> blocks(last - first);
+  grid_barrier = {};
+  grid_threads = static_cast<int>(blocks.size()) * threads;
+  for (Block& b : blocks) {
+    b.shared.assign(shared_bytes + 1024, '\xff');
+    b.fibers = std::vector<Fiber>(threads);
+    for (Fiber& fiber : b.fibers) {
       constexpr size_t kStack = 128 << 10;
       fiber.stack.reset(new char[kStack]);
       getcontext(&fiber.context);
@@ -120,16 +128,20 @@ inline bool launch(unsigned blocks, int threads, int shared_bytes, std::function
       fiber.context.uc_stack.ss_size = kStack;
       makecontext(&fiber.context, enter, 0);
     }
-    // A warp runs on until it waits for the block, the first warp first and then the last: a race gets its chance.
-    for (int turn = 0, left = threads; left > 0; ++turn) {
-      const uint64_t before = progress;
+  }
+  // A warp runs on until it waits for the block, the first warp first and then the last: a race gets its chance.
+  for (int turn = 0, left = grid_threads; left > 0; ++turn) {
+    const uint64_t before = progress;
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      block = &blocks[b];
+      blockIdx.x = first + static_cast<unsigned>(b);
       for (int i = 0; i < threads / 32; ++i) {
         const int warp = turn % 2 ? i : threads / 32 - 1 - i;
         for (uint64_t at = progress - 1; at != progress && left > 0;) {
           at = progress;
           for (int lane = 0; lane < 32; ++lane) {
             threadIdx.x = 32 * warp + lane;
-            Fiber& fiber = fibers[threadIdx.x];
+            Fiber& fiber = block->fibers[threadIdx.x];
             if (fiber.done) continue;
             swapcontext(&scheduler, &fiber.context);
             if (fiber.done) {
@@ -139,8 +151,18 @@ inline bool launch(unsigned blocks, int threads, int shared_bytes, std::function
           }
         }
       }
-      if (progress == before) return false;
     }
+    if (progress == before) return false;
+  }
+  return true;
+}
+
+// A launch of `blocks` blocks, one after the other or, cooperative, together. Shared memory starts out as NaN.
+inline bool launch(unsigned blocks, int threads, int shared_bytes, std::function<void()> f, bool cooperative = false) {
+  kernel = std::move(f);
+  if (cooperative) return run(0, blocks, threads, shared_bytes);
+  for (unsigned b = 0; b < blocks; ++b) {
+    if (!run(b, b + 1, threads, shared_bytes)) return false;
   }
   return true;
 }
@@ -150,7 +172,7 @@ inline uint16_t bits(float value, torch::headeronly::BFloat16) { return torch::h
 
 }  // namespace on_host
 
-inline void __syncthreads() { on_host::wait(on_host::block_barrier, static_cast<int>(on_host::fibers.size())); }
+inline void __syncthreads() { on_host::wait(on_host::block->barrier, static_cast<int>(on_host::block->fibers.size())); }
 
 inline int __syncthreads_or(int value) {
   static int any;
@@ -164,7 +186,8 @@ inline int __syncthreads_or(int value) {
   return result != 0;
 }
 
-inline float __shfl_xor_sync(unsigned, float value, int lanes) {
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int lanes) {
   return on_host::in_warp(value, [&](auto of) { return of(static_cast<int>(threadIdx.x) % 32 ^ lanes); });
 }
 
@@ -185,8 +208,10 @@ using torch::headeronly::Half;
 
 inline int thread_index() { return static_cast<int>(threadIdx.x); }
 
+inline void wait_for_grid() { on_host::wait(on_host::grid_barrier, on_host::grid_threads); }
+
 inline char* dynamic_shared() {
-  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(on_host::shared.data()) + 1023) / 1024 * 1024);
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(on_host::block->shared.data()) + 1023) / 1024 * 1024);
 }
 
 inline uint32_t shared_address(const void* p) {
@@ -197,11 +222,11 @@ inline uint32_t shared_address(const void* p) {
 inline void copy_async(void* to, const void* from, bool inside) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) std::abort();
   std::memset(to, 0xff, 16);
-  on_host::fibers[threadIdx.x].copies.push_back({to, inside ? from : nullptr});
+  on_host::block->fibers[threadIdx.x].copies.push_back({to, inside ? from : nullptr});
 }
 
 inline void wait_for_copies() {
-  auto& copies = on_host::fibers[threadIdx.x].copies;
+  auto& copies = on_host::block->fibers[threadIdx.x].copies;
   for (const auto& copy : copies) {
     if (copy.from) {
       std::memcpy(copy.to, copy.from, 16);

@@ -6,6 +6,7 @@ By hand, with every row of the tables: python tests/test_aot.py 90 all
 """
 
 import inspect
+import itertools
 import json
 import os
 import re
@@ -87,7 +88,39 @@ def launch_ema(module, complete):
                 module.ema_update_([target, count], [target, count], momentum, 1, [copy], seed)
 
 
-LAUNCHES = {"nt_xent": launch_nt_xent, "info_nce": launch_info_nce, "ema": launch_ema}
+def launch_batch_norm(module, complete):
+    """What a ResNet runs in channels_last, another activation on planes, and the other sources of statistics."""
+    import torch
+
+    def launch(dtype, activation, residual, momentum, last):
+        x = torch.zeros(8, 64, 14, 14, dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        residual = x if residual else None
+        by_sign = residual is not None and activation in (1, 2)
+        options = (True, momentum, 1e-5, 2, activation, by_sign)
+        tracked = count if momentum is None else None
+        _, _, mask = module.batch_norm_fwd(x, residual, w, w, w, w, tracked, None, *options)
+        mask = mask if by_sign else None
+        module.batch_norm_bwd(x, x, residual, mask, w, w, stats, None, True, activation, True, by_sign)
+        return x
+
+    w, stats, count = torch.zeros(64), torch.zeros(3, 2, 64), torch.tensor(1)
+    x = launch(torch.bfloat16, 1, True, 0.1, True)
+    launch(torch.float16, 4, False, None, False)
+    module.batch_norm_stats(x, 2)
+    module.batch_norm_(x, None, w, None, w, w, None, None, False, 0.1, 1e-5, 1, 0)
+    if complete:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for activation, residual, last in itertools.product(range(5), (True, False), (True, False)):
+                launch(dtype, activation, residual, 0.1, last)
+
+
+LAUNCHES = {
+    "nt_xent": launch_nt_xent,
+    "info_nce": launch_info_nce,
+    "ema": launch_ema,
+    "batch_norm": launch_batch_norm,
+}
 
 
 # ---- in the process without the interpreter
@@ -134,7 +167,7 @@ def ast_source(kernel, arguments):
     from triton.compiler import ASTSource
 
     pointers = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
-    pointers |= {torch.int32: "*i32", torch.int64: "*i64"}
+    pointers |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
     signature, constants, attrs = {}, {}, {}
     for index, param in enumerate(kernel.params):
         value = arguments[param.name]
@@ -144,8 +177,8 @@ def ast_source(kernel, arguments):
             signature[param.name] = "constexpr"
             constants[param.name] = value
             continue
-        signature[param.name] = pointers[value.dtype] if is_tensor else "i32"
-        if specialise and (value.data_ptr() if is_tensor else value) % 16 == 0:
+        signature[param.name] = pointers[value.dtype] if is_tensor else "fp32" if isinstance(value, float) else "i32"
+        if specialise and not isinstance(value, float) and (value.data_ptr() if is_tensor else value) % 16 == 0:
             attrs[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
 
@@ -154,7 +187,7 @@ def describe(arguments, options):
     import torch
 
     dtype = next(str(v.dtype).removeprefix("torch.") for v in arguments.values() if isinstance(v, torch.Tensor))
-    shown = ("NORMALIZE", "BLOCK_M", "BLOCK_N", "DP", "D")
+    shown = ("NORMALIZE", "BLOCK_M", "BLOCK_N", "DP", "D", "INNERMOST", "ACTIVATION", "VECTOR", "BLOCK_R", "BLOCK_K")
     sizes = " ".join(f"{name}={int(arguments[name])}" for name in shown if name in arguments)
     return dtype, f"{sizes} " + " ".join(f"{name}={value}" for name, value in options.items())
 

@@ -33,7 +33,12 @@ CASES = [
     for i, shape in enumerate(SHAPES)
     for k, layout in enumerate(("planes", "rows") * 3)
 ]  # fmt: skip
-INTERPRETED = [c for c in CASES[::5] if c[-1] != torch.float64 and torch.Size(c[0]).numel() < 20_000]
+# On planes each channel is a program, and those are what the interpreter takes its time for.
+INTERPRETED = [
+    c
+    for c in CASES[::5]
+    if c[-1] != torch.float64 and torch.Size(c[0]).numel() < 20_000 and (c[1] == "rows" or c[0][1] < 60)
+]
 
 
 def laid(x: Tensor, layout: str) -> Tensor:
@@ -468,8 +473,9 @@ def test_second_derivatives():
 
 @each_backend
 def test_two_runs_are_equal_to_the_bit_at_any_number_of_threads(backend):
-    x, dy = random((8, 24, 17, 17)), random((8, 24, 17, 17), seed=2)
-    weight, bias = affine(24)
+    shape = (6, 4, 7, 7) if backend == "triton" and DEVICE == "cpu" else (8, 24, 17, 17)
+    x, dy = random(shape), random(shape, seed=2)
+    weight, bias = affine(shape[1])
     threads = torch.get_num_threads()
     for layout in ("planes", "rows"):
         runs = []

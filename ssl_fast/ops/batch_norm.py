@@ -322,7 +322,8 @@ batch_norm_fwd = Op(
     f"batch_norm_fwd(Tensor x, {_FORWARD}, bool keep_mask) -> (Tensor, Tensor, Tensor)",
     _fwd_reference,
     fake=_fwd_fake,
-    native={"cpu": HALF_AND_FLOAT},
+    native={"cpu": HALF_AND_FLOAT, "cuda": (torch.bfloat16,)},
+    triton="ssl_fast.kernels.batch_norm:batch_norm_fwd",
     decides="x",
 )
 # The same, over x.
@@ -330,7 +331,8 @@ batch_norm_inplace = Op(
     f"batch_norm_(Tensor(a!) x, {_FORWARD}) -> ()",
     _inplace_reference,
     fake=lambda *_: None,
-    native={"cpu": HALF_AND_FLOAT},
+    native={"cpu": HALF_AND_FLOAT, "cuda": (torch.bfloat16,)},
+    triton="ssl_fast.kernels.batch_norm:batch_norm_",
     decides="x",
 )
 # Mean, what its rounding left out, biased variance, (3, S, C): what ranks merge.
@@ -338,7 +340,8 @@ batch_norm_stats = Op(
     "batch_norm_stats(Tensor x, int num_splits) -> Tensor",
     _stats_reference,
     fake=lambda x, num_splits: x.new_empty((3, num_splits, x.shape[1]), dtype=accumulator(x)),
-    native={"cpu": HALF_AND_FLOAT},
+    native={"cpu": HALF_AND_FLOAT, "cuda": (torch.bfloat16,)},
+    triton="ssl_fast.kernels.batch_norm:batch_norm_stats",
     decides="x",
 )
 # Sums of the gradient for u, and of it times (x - mean) * invstd, (2, S, C).
@@ -346,7 +349,8 @@ batch_norm_sums = Op(
     f"batch_norm_sums({_BACKWARD}, int activation) -> Tensor",
     _sums_reference,
     fake=lambda dy, x, residual, mask, weight, bias, stats, activation: stats.new_empty((2, *stats.shape[1:])),
-    native={"cpu": HALF_AND_FLOAT},
+    native={"cpu": HALF_AND_FLOAT, "cuda": (torch.bfloat16,)},
+    triton="ssl_fast.kernels.batch_norm:batch_norm_sums",
     decides="x",
 )
 # dx, dresidual, dweight, dbias. `means`: the sums of all ranks over their count, where ranks share statistics.
@@ -355,7 +359,8 @@ batch_norm_bwd = Op(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_reference,
     fake=_bwd_fake,
-    native={"cpu": HALF_AND_FLOAT},
+    native={"cpu": HALF_AND_FLOAT, "cuda": (torch.bfloat16,)},
+    triton="ssl_fast.kernels.batch_norm:batch_norm_bwd",
     decides="x",
 )
 
