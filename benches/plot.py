@@ -1,4 +1,4 @@
-"""Makes the README's table and its plot from benches/results.csv: `python -m benches.plot`."""
+"""Makes the README's tables and its plot from benches/results.csv: `python -m benches.plot`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from benches import common
 
 README = Path(__file__).parents[1] / "README.md"
 PICTURE = Path(__file__).parents[1] / "docs/nt_xent.png"
-BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 OURS, DENSE = "ssl_fast", "dense PyTorch"
 
 Rows = list[dict[str, str]]
@@ -25,7 +24,42 @@ def loss_rows() -> Rows:
     return sorted(rows, key=lambda row: list(LOSSES).index(row["op"]))
 
 
-def readme_block(rows: Rows) -> str:
+def norm_rows() -> Rows:
+    with common.RESULTS.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["op"] == "batch_norm"]
+
+
+def norm_block(rows: Rows) -> str:
+    """One table a device: forward and backward of batch norm, a line for each tensor and allocator."""
+    blocks = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        here = [r for r in rows if r["device"] == device]
+        tensors = dict.fromkeys((r["shape"], r["dtype"], r["allocator"]) for r in here)
+        lines = []
+        for shape, dtype, allocator in tensors:
+            own = [r for r in here if (r["shape"], r["dtype"], r["allocator"]) == (shape, dtype, allocator)]
+            ms = {r["provider"]: float(r["ms"]) for r in own}
+            off = {r["provider"]: r["error"] for r in own}
+            lines.append(
+                {
+                    "tensor": shape.replace(" ", "\u00a0"),
+                    "dtype": dtype,
+                    "allocator": allocator,
+                    "ssl_fast ms": ms["ssl_fast"],
+                    "x faster than eager": ms["eager"] / ms["ssl_fast"],
+                    "than torch.compile": ms["torch.compile"] / ms["ssl_fast"],
+                    "kernels, copies of the tensor": ms["ssl_fast kernels"] / ms["copy_"],
+                    "error": off["ssl_fast"],
+                    "error of eager": off["eager"],
+                }
+            )
+        about = here[0]
+        head = f"{device}, {about['threads']} threads, torch {about['torch']}, {about['date']}:"
+        blocks.append(f"{head}\n\n{common.table(lines, lines[0])}\n")
+    return "\n".join(blocks)
+
+
+def loss_block(rows: Rows) -> str:
     """One table a device: every provider of the default allocator, the rows we lose included."""
     blocks = []
     for device in dict.fromkeys(row["device"] for row in rows):
@@ -50,9 +84,13 @@ def readme_block(rows: Rows) -> str:
     return "\n".join(blocks)
 
 
-def with_block(readme: str, block: str) -> str:
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+def updated(readme: str) -> str:
+    """The README with the tables that benches/results.csv gives now."""
+    for name, block in (("losses", loss_block(loss_rows())), ("norms", norm_block(norm_rows()))):
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
+    return readme
 
 
 def draw(rows: Rows) -> None:
@@ -86,9 +124,8 @@ def draw(rows: Rows) -> None:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    rows = loss_rows()
-    README.write_text(with_block(README.read_text(), readme_block(rows)))
-    draw([row for row in rows if row["op"] == "nt_xent"])
+    README.write_text(updated(README.read_text()))
+    draw([row for row in loss_rows() if row["op"] == "nt_xent"])
 
 
 if __name__ == "__main__":

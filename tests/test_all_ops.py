@@ -36,9 +36,9 @@ def test_a_stems_ops_name_the_files_that_exist(stem):
 
 
 def test_the_readme_shows_what_was_measured():
-    """Its table is the one that benches/results.csv gives: no number of it is written by hand."""
+    """Its tables are those that benches/results.csv gives: no number of them is written by hand."""
     readme = plot.README.read_text()
-    assert readme == plot.with_block(readme, plot.readme_block(plot.loss_rows()))
+    assert readme == plot.updated(readme)
 
 
 def test_kernels_is_not_a_package_of_its_own():
