@@ -626,12 +626,14 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None, *, activation: str | None = None) -> Tensor:
         """`activation` is for a caller who knows what follows; the default is the module's own."""
         self._check_input_dim(input)
-        batch = self.training or (self.running_mean is None and self.running_var is None)
+        buffers = self._buffers  # attributes of a module are slow to look up
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        batch = self.training or (mean is None and var is None)
         updates = not self.training or self.track_running_stats
         return batch_norm(
             input,
-            self.running_mean if updates else None,
-            self.running_var if updates else None,
+            mean if updates else None,
+            var if updates else None,
             self.weight,
             self.bias,
             batch,
@@ -640,7 +642,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             activation=activation or self.activation,
             residual=residual,
             num_splits=self.num_splits,
-            num_batches_tracked=self.num_batches_tracked if self.training and updates else None,
+            num_batches_tracked=buffers["num_batches_tracked"] if self.training and updates else None,
             inplace=self.inplace and not torch.is_grad_enabled(),
         )
 
