@@ -149,7 +149,7 @@ def main() -> None:
     if arguments.worker:
         shape, dtype, layout = arguments.worker
         sizes = tuple(map(int, shape.split("x")))
-        print(json.dumps(bench(sizes, getattr(torch, dtype), layout, seconds=0.5 if arguments.quick else 4.0)))
+        print(json.dumps(bench(sizes, getattr(torch, dtype), layout, seconds=0.5 if arguments.quick else 3.0)))
         return
 
     print(f"Batch norm in training on {common.device_name()}, {torch.get_num_threads()} threads")
