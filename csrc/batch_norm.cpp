@@ -129,7 +129,7 @@ struct Task : Problem {
     const int64_t least = planes ? ceil_div(kLeastOfPlanes, std::max<int64_t>(area, 1)) : kLeastRows;
     groups = std::clamp<int64_t>(lines / least, 1, wanted);
     lines_a_block = std::max<int64_t>(1, ceil_div(lines, groups));
-    groups = count == 0 ? 0 : ceil_div(lines, lines_a_block);
+    groups = count == 0 || features == 0 ? 0 : ceil_div(lines, lines_a_block);
     channels_a_block = planes ? std::max<int64_t>(1, ceil_div(channels, ceil_div(wanted, std::max<int64_t>(groups, 1)))) : channels;
     parts = channels == 0 ? 0 : ceil_div(channels, channels_a_block);
   }

@@ -159,7 +159,7 @@ class Scratch {
       return;
     }
     Kept& kept = kept_();
-    if (bytes > kept.bytes) {
+    if (bytes > kept.bytes || kept.buffer == nullptr) {
       kept.bytes = 0;  // should the allocation fail, nothing is kept
       kept.buffer.reset();
       kept.buffer = std::make_unique<Buffer<char>>(bytes);

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import operator
 import random
 from collections.abc import Callable, Iterator
@@ -428,6 +429,9 @@ def _graph(model: nn.Module, norms: set[nn.Module]) -> fx.Graph | str:
     watched = [name for module, name in around.items() if hooked(module)]
     if watched:
         return f"torch.fx does not see the hooks of {watched[0] or 'the model'}"
+    optional = [p.name for p in inspect.signature(model.forward).parameters.values() if p.default is not p.empty]
+    if optional:  # which a graph takes for given: `is None` would be false for ever
+        return f"torch.fx does not see whether the forward's {optional[0]} is given"
     kept: list[Any] = [*model.parameters(), *(module for module in model.modules() if module not in around)]
     graphs = []
     try:
@@ -628,8 +632,9 @@ def accelerate(model: nn.Module, *, fuse: bool = True, trace: bool = True) -> Re
     control flow it has now; where torch.fx cannot trace, the norms are swapped alone, and the report says why.
 
     The result is that of the unchanged model, within rounding, hooks included: a norm or activation that has hooks is
-    called as before, whenever they were registered. A second call changes nothing; `report.restore()` and
-    `restore(model)` undo it all. deepcopy, pickle and torch.compile work. Convert to synchronised norms, before or
+    called as before, whenever they were registered. A rebuilt forward calls the parts of the modules it went through
+    by themselves: register hooks of those before, or on the model. A second call changes nothing; `report.restore()`
+    and `restore(model)` undo it all. deepcopy, pickle and torch.compile work. Convert to synchronised norms, before or
     after, by `ssl_fast.convert_sync_batchnorm`; torch's own makes norms torch's again, and unfuses them.
 
     Args:

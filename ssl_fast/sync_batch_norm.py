@@ -68,6 +68,8 @@ def _update_running(
     """By the count of all processes, which stays on the device; where that is 0 the statistics stay as they are."""
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
+    if running_mean is None and running_var is None:
+        return
     weight = torch.full_like(total, momentum) if momentum is not None else 1 / num_batches_tracked.to(total.dtype)  # type: ignore[union-attr]
     weight = weight * (total > 0)
     for running, batch in ((running_mean, mean), (running_var, var * (total / (total - 1)))):
@@ -166,6 +168,8 @@ def _sync_batch_norm(
     if not inplace:
         return _SyncBatchNorm.apply(x, residual, weight, bias, stats, total, eps, code, group)
     batch_norm_inplace(x, residual, weight, bias, None, None, None, stats, True, 0.0, eps, 1, code)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(x)  # a graph that holds the old values must notice
     return there if there is x else there.copy_(x)
 
 

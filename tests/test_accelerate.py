@@ -550,3 +550,22 @@ def test_report_prints_a_table() -> None:
         "  1  fused    relu",
         "  3  left     LeftAlone is a subclass that is not known",
     ]
+
+
+class Optional(nn.Module):
+    """A forward whose branch a graph would take for ever."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x, skip=None):
+        y = F.relu(self.bn(self.conv(x)))
+        return y if skip is None else y + skip
+
+
+def test_a_forward_with_optional_arguments_is_not_rebuilt():
+    model = Optional()
+    report = accelerate(model)
+    assert report.model is model and "skip" in str(report)
+    assert model(torch.ones(2, 3, 4, 4)).shape == (2, 4, 4, 4)

@@ -219,6 +219,14 @@ def test_momentum(backend):
 
 
 @each_backend
+def test_no_momentum_and_no_running_statistics(backend):
+    x = random((4, 3), mean=2.0)
+    with ssl_fast.backend(backend):
+        y = ssl_fast.nn.BatchNorm1d(3, momentum=None, track_running_stats=False).to(DEVICE)(x)
+    assert error(y, F.batch_norm(x, None, None, training=True)) < 1e-5
+
+
+@each_backend
 def test_one_value_a_channel_is_refused_and_nothing_is_modified(backend):
     mine = ssl_fast.nn.BatchNorm2d(3).to(DEVICE)
     before = copy.deepcopy(mine.state_dict())
@@ -673,6 +681,11 @@ def test_bad_input_is_named():
         (ValueError, "num_splits: got 3", lambda: batch_norm(x, None, None, training=True, num_splits=3)),
         (ValueError, "num_splits: got 0", lambda: ssl_fast.nn.BatchNorm2d(3, num_splits=0)),
         (ValueError, "momentum: got None", lambda: batch_norm(x, ones, ones, training=True, momentum=None)),
+        (
+            ValueError,
+            "num_batches_tracked: got torch.int32",
+            lambda: batch_norm(x, ones, ones, training=True, num_batches_tracked=torch.tensor(0, dtype=torch.int32)),
+        ),
         (TypeError, "momentum: got str", lambda: batch_norm(x, ones, ones, training=True, momentum="a")),
         (ValueError, "activation: got 'tanh'", lambda: ssl_fast.nn.BatchNorm2d(3, activation="tanh")),
     ):

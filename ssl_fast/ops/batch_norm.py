@@ -107,7 +107,7 @@ def _update_running(
     """Running statistics follow the mean of the splits' own; the variance is the unbiased one."""
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    if x.numel() == 0:
+    if x.numel() == 0 or (running_mean is None and running_var is None):
         return
     weight = momentum if momentum is not None else 1 / num_batches_tracked  # type: ignore[operator]
     count = x.numel() // (mean.numel() or 1)
@@ -559,6 +559,15 @@ def _check(
                 "use the statistics of the batch"
             )
         return ACTIVATIONS[activation]
+    if num_batches_tracked is not None and (
+        num_batches_tracked.dtype != torch.int64
+        or num_batches_tracked.numel() != 1
+        or num_batches_tracked.device != x.device
+    ):
+        raise ValueError(
+            f"num_batches_tracked: got {num_batches_tracked.dtype} of shape {tuple(num_batches_tracked.shape)} on "
+            f"{num_batches_tracked.device}, allowed: int64 of one element on the device of x, {x.device}"
+        )
     if momentum is None:
         if num_batches_tracked is None and (running_mean is not None or running_var is not None):
             raise ValueError(
@@ -686,6 +695,8 @@ def _adopt(to: nn.Module, source: nn.Module) -> Any:
         to.register_parameter(name, parameter)
     for name, buffer in source._buffers.items():
         to.register_buffer(name, buffer)
+    if isinstance(to, nn.SyncBatchNorm) and isinstance(source, nn.SyncBatchNorm):
+        to.process_group = source.process_group
     return to.train(source.training)
 
 
