@@ -3,7 +3,7 @@
 from ssl_fast import functional, nn
 from ssl_fast._op import backend
 from ssl_fast.accelerate import accelerate
-from ssl_fast.methods.simclr import SimCLR
+from ssl_fast.methods import MoCo, SimCLR
 from ssl_fast.ops.ema import EMA, cosine_momentum, ema_update_, update_momentum
 from ssl_fast.ops.info_nce import CLIPLoss, InfoNCE, SupConLoss
 from ssl_fast.ops.nt_xent import NTXentLoss
@@ -17,6 +17,7 @@ __all__ = [
     "EMA",
     "InfoNCE",
     "KeyQueue",
+    "MoCo",
     "NTXentLoss",
     "SimCLR",
     "SupConLoss",

@@ -11,14 +11,14 @@ from typing import Any
 from ssl_fast._extras import nearest, require
 from ssl_fast.augment import Policy, policy_named
 from ssl_fast.methods import METHODS
-from ssl_fast.optim import DEFAULTS
+from ssl_fast.optim import DEFAULTS, SCHEDULES
 
 
 def method_arguments(method: str) -> dict[str, inspect.Parameter]:
     """The arguments beyond encoder and features that `train(method=...)` hands to a method."""
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, {nearest(method, list(METHODS))}allowed: {', '.join(METHODS)}")
-    parameters = inspect.signature(METHODS[method], eval_str=True).parameters
+    parameters = inspect.signature(METHODS[method].build, eval_str=True).parameters
     return {name: p for name, p in parameters.items() if name not in ("encoder", "features")}
 
 
@@ -52,7 +52,11 @@ def check_arguments(given: dict[str, Any]) -> dict[str, Any]:
     for key in ("lr", "weight_decay", "warmup_epochs"):
         if config[key] is not None and not 0 <= config[key] < math.inf:
             raise ValueError(f"{key}: got {config[key]!r}, allowed: a finite number >= 0")
-    for key, allowed in (("optimizer", list(DEFAULTS)), ("precision", ["fp32", "bf16"])):
+    for key, allowed in (
+        ("optimizer", ["auto", *DEFAULTS]),
+        ("schedule", ["auto", *SCHEDULES]),
+        ("precision", ["fp32", "bf16"]),
+    ):
         if config[key] not in allowed:
             raise ValueError(
                 f"{key}: got {config[key]!r}, {nearest(str(config[key]), allowed)}allowed: {', '.join(allowed)}"

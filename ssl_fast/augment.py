@@ -1,4 +1,4 @@
-"""The two augmented views of SimCLR (Chen et al. 2020, section 3 and appendix A), made in batches on any device."""
+"""The two augmented views of SimCLR (Chen et al. 2020, section 3, appendix A) and of MoCo, in batches on any device."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ class Policy:
         rotate: degrees to either side, before the crop.
         crop_area: smallest and largest share of the image's area that a crop keeps; its aspect ratio is 3/4 to 4/3.
         flip: probability of a horizontal flip.
-        strength: s of the colour distortion: brightness, contrast and saturation within 0.8 s, hue within 0.2 s, with
-            probability 0.8, in an order drawn per batch. Images of one channel have no saturation and no hue.
+        strength: s of the colour distortion: brightness, contrast and saturation within 0.8 s, in an order drawn per
+            batch. Images of one channel have no saturation and no hue.
+        hue: of the distortion, within hue * s.
+        jitter: probability of the distortion.
         gray: probability of dropping the colours.
         blur: probability of a Gaussian blur over 10% of the image, sigma 0.1 to 2 pixels.
     """
@@ -33,6 +35,8 @@ class Policy:
     crop_area: tuple[float, float] = (0.08, 1.0)
     flip: float = 0.5
     strength: float = 1.0
+    hue: float = 0.2
+    jitter: float = 0.8
     gray: float = 0.2
     blur: float = 0.5
 
@@ -40,7 +44,10 @@ class Policy:
 POLICIES = {
     "simclr": Policy(),
     "simclr_small": Policy(strength=0.5, blur=0.0),  # appendix B.9, CIFAR-10
+    "moco_v1": Policy(crop_area=(0.2, 1.0), strength=0.5, hue=0.8, jitter=1.0, blur=0.0),  # section 4
+    "moco_v2": Policy(crop_area=(0.2, 1.0), strength=0.5),  # section 3, and the authors' code
     "digits": Policy(rotate=15.0, crop_area=(0.4, 1.0), flip=0.0, strength=0.5, gray=0.0, blur=0.0),
+    "digits_blur": Policy(rotate=15.0, crop_area=(0.4, 1.0), flip=0.0, strength=0.5, gray=0.0),
 }
 
 
@@ -77,7 +84,7 @@ class TwoViews(nn.Module):
             # Resampling by an affine grid: on a GPU slicing would fetch each image's box to the host.
             K.RandomResizedCrop((size, size), scale=policy.crop_area, cropping_mode="resample"),
             K.RandomHorizontalFlip(policy.flip) if policy.flip else None,
-            K.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s * colour, 0.2 * s * colour, p=0.8) if s else None,
+            K.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s * colour, policy.hue * s * colour, p=policy.jitter) if s else None,
             K.RandomGrayscale(p=policy.gray) if policy.gray and colour else None,
             K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=policy.blur) if policy.blur else None,
         ]

@@ -1,4 +1,4 @@
-"""LARS and the learning-rate schedule of SimCLR (Chen et al. 2020, arXiv 2002.05709, section 2.2 and appendix B)."""
+"""LARS (SimCLR, Chen et al. 2020, arXiv 2002.05709, section 2.2 and appendix B) and the learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -140,3 +140,19 @@ def warmup_cosine(step: int, total: int, warmup: int = 0) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def warmup_steps(step: int, total: int, warmup: int = 0) -> float:
+    """The factor of MoCo v1 (section 4: 0.1 at epochs 120 and 160 of 200): linear warm-up, then 1, 0.1 from 60% of all
+    steps on, and 0.01 from 80% on.
+
+    Example:
+        >>> [warmup_steps(step, total=5) for step in range(5)]
+        [1.0, 1.0, 1.0, 0.1, 0.01]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1.0, 0.1, 0.01)[(5 * step >= 3 * total) + (5 * step >= 4 * total)]
+
+
+SCHEDULES: dict[str, Callable[[int, int, int], float]] = {"cosine": warmup_cosine, "step": warmup_steps}

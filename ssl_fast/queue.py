@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ssl_fast._distributed import gather
 
 
 class KeyQueue(nn.Module):
     """The last `size` keys, row-major, so that a loss reads them as they lie.
 
     Random unit rows until they are filled. What is enqueued overwrites the oldest keys in place, wrapping at any batch
-    size; the position stays on the device, and both are in the state dict.
+    size; the position stays on the device, and all is in the state dict.
 
     Args:
         size: how many keys.
         dim: their width.
+        gather_distributed: enqueue the keys of all processes of torch.distributed, as many on each, in their order.
 
     Attributes:
         keys: (size, dim), without gradient.
         pointer: () int64, where the next key goes.
+        fill: () int64, how many of the keys were enqueued.
+
+    Raises:
+        ValueError: from load_state_dict(), for a queue of another size or width, before any of it is loaded.
 
     Example:
         >>> loss = info_nce(q, k, queue.keys, temperature=0.07)
@@ -28,14 +38,17 @@ class KeyQueue(nn.Module):
 
     keys: Tensor
     pointer: Tensor
+    fill: Tensor
 
-    def __init__(self, size: int, dim: int) -> None:
+    def __init__(self, size: int, dim: int, *, gather_distributed: bool = False) -> None:
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, allowed: a whole number >= 1")
         self.register_buffer("keys", F.normalize(torch.randn(size, dim)))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("fill", torch.zeros((), dtype=torch.int64))
+        self.gather_distributed = gather_distributed
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
@@ -43,10 +56,28 @@ class KeyQueue(nn.Module):
         size, dim = self.keys.shape
         if keys.dim() != 2 or keys.shape[1] != dim:
             raise ValueError(f"keys: got shape {tuple(keys.shape)}, allowed: (N, {dim})")
+        if self.gather_distributed:
+            keys = gather(keys)
         last = keys[-size:]
         at = torch.arange(len(keys) - len(last), len(keys), device=self.keys.device)
         self.keys.index_copy_(0, (self.pointer + at) % size, last.to(self.keys))
         self.pointer.add_(len(keys)).remainder_(size)
+        self.fill.add_(len(keys)).clamp_(max=size)
+
+    def check_state(self, state: Mapping[str, Any], prefix: str = "") -> None:
+        """Raise where a state dict holds a queue of another size or width."""
+        saved = state.get(prefix + "keys")
+        if saved is not None and saved.shape != self.keys.shape:
+            got, allowed = (" x ".join(map(str, t.shape)) for t in (saved, self.keys))
+            raise ValueError(
+                f"{prefix}keys: got a checkpoint of {got} (keys x width), allowed: those of this queue, {allowed}; "
+                "build it with the size (K) and dim of the checkpoint"
+            )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        self.check_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
-        return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}"
+        gathered = ", gather_distributed=True" if self.gather_distributed else ""
+        return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}{gathered}"

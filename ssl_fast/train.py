@@ -18,8 +18,8 @@ from ssl_fast.augment import Policy, TwoViews, policy_named
 from ssl_fast.backbones import SMALL_IMAGE, build_encoder
 from ssl_fast.data import ImageData, Loader, epoch_batches, load_data
 from ssl_fast.evaluate import embedding_std, encode, knn_on
-from ssl_fast.methods import METHODS
-from ssl_fast.optim import build_optimizer, warmup_cosine
+from ssl_fast.methods import METHODS, Method
+from ssl_fast.optim import SCHEDULES, build_optimizer
 from ssl_fast.plots import plot_curves, plot_pca, plot_views
 from ssl_fast.progress import Interruption, Progress, Stopwatch
 from ssl_fast.run import Run, pick_device, read_rows, rng_state, seed_everything, set_rng_state
@@ -39,9 +39,10 @@ def train(
     image_size: int | None = None,
     augment: str | Policy = "auto",
     stem: str = "auto",
-    optimizer: str = "lars",
+    optimizer: str = "auto",
     lr: float | None = None,
     weight_decay: float | None = None,
+    schedule: str = "auto",
     warmup_epochs: float | None = None,
     precision: str = "fp32",
     accelerate: bool = False,
@@ -65,19 +66,21 @@ def train(
     Args:
         out: folder for args.yaml, metrics.jsonl, train.log, TensorBoard events, checkpoints/ and plots/.
         data: "digits", "fashion_mnist", "cifar10", "stl10", or the path of a folder of images.
-        method: "simclr".
+        method: "simclr", "moco_v1" or "moco_v2"; each with the optimizer, schedule and augmentation of its paper where
+            they are "auto".
         model: "convnet", a torchvision or timm name, or an nn.Module from images to (N, features).
         epochs: passes over the images; the last, incomplete batch of a pass is left out.
         batch_size: images a step; each gives two views.
         data_dir: where the files of a named data set are, or are downloaded to.
         image_size: pixels of a view's side; default the images' own, 224 for folders.
-        augment: "simclr", "simclr_small" (no blur, s = 0.5), "digits" (no flip), a ssl_fast.augment.Policy, or "auto"
-            by data set and image size.
+        augment: "simclr", "simclr_small" (no blur, s = 0.5), "moco_v1", "moco_v2" (with blur), "digits" (no flip),
+            "digits_blur", a ssl_fast.augment.Policy, or "auto" by method, data set and image size.
         stem: "small" (3x3, for ResNets), "imagenet" (7x7), or "auto": small up to 64 pixels.
-        optimizer: "lars", "sgd" or "adamw".
+        optimizer: "lars" (simclr), "sgd" (moco) or "adamw".
         lr: peak learning rate; default 0.3 (lars), 0.03 (sgd) or 5e-4 (adamw) times batch_size / 256.
         weight_decay: default 1e-6, 1e-4 or 0.05; never on biases and normalisation.
-        warmup_epochs: of linear warm-up before the cosine decay; default a tenth of the epochs, at most 10.
+        schedule: "cosine" (simclr, moco_v2), or "step" (moco_v1): x 0.1 at 60% and at 80% of the epochs.
+        warmup_epochs: of linear warm-up before; default a tenth of the epochs, at most 10, for simclr, 0 for moco.
         precision: "fp32", or "bf16" for autocast (the loss is fp32 in any case).
         accelerate: put ssl_fast's fused norms into the encoder and the head, as `ssl_fast.accelerate` does; checkpoints
             have the same keys.
@@ -91,7 +94,9 @@ def train(
         resume: continue the run in `out` from its last checkpoint; only data_dir, device and num_workers may differ.
         overwrite: replace the run in `out`.
         method_args: further arguments of the method; for SimCLR head="nonlinear" | "linear" | "none", dim=128,
-            temperature=0.5.
+            temperature=0.5; for MoCo dim=128, K=65536, m=0.999, T=0.07 (0.2 in v2), mlp=False (True in v2), and
+            bn_splits=8, the parts of a batch that batch norm sees apart. Few images want a short queue and a quick
+            key encoder: K=4096, m=0.99 for CIFAR-10.
 
     Returns:
         A dict: `checkpoint`, `step`, `epoch`, and the last `loss`, `std` and `knn` recorded.
@@ -105,7 +110,7 @@ def train(
         >>> train("out/digits", data="digits", model="convnet", epochs=50)
     """
     run = Run(out, check_arguments(locals()), resume, overwrite)
-    chosen = pick_device(device)
+    chosen, recipe = pick_device(device), METHODS[method]
     images = load_data(data, data_dir, image_size)
     _check_batch(batch_size, images)
     workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
@@ -114,17 +119,20 @@ def train(
     encoder, features = build_encoder(model, images.size, images.channels, stem)
     if accelerate:
         encoder = accelerated(encoder).model
-    network = METHODS[method](encoder, features, **method_args).to(chosen)
+    network = recipe.build(encoder, features, **method_args).to(chosen)
+    network.check_batch(batch_size)
     network.to(memory_format=torch.channels_last)
     norms = [accelerated(network, trace=False).summary] if accelerate else []
-    views = TwoViews(_policy(augment, images), images.size, images.channels)
+    views = TwoViews(_policy(augment, recipe, images), images.size, images.channels)
+    optimizer = recipe.optimizer if optimizer == "auto" else optimizer
     optim = build_optimizer(network, optimizer, batch_size, lr, weight_decay)
+    factor_of = SCHEDULES[recipe.schedule if schedule == "auto" else schedule]
     peak = [group["lr"] for group in optim.param_groups]
     embeddings = _LastOutput(network.head)
 
     steps_per_epoch = len(images.train) // batch_size
     total = epochs * steps_per_epoch
-    warmup = round((min(10, epochs / 10) if warmup_epochs is None else warmup_epochs) * steps_per_epoch)
+    warmup = round((min(10, epochs * recipe.warmup) if warmup_epochs is None else warmup_epochs) * steps_per_epoch)
     step = _restore(run.saved, network, optim, images) if run.saved else 0
 
     def measure_knn() -> None:
@@ -157,7 +165,7 @@ def train(
                 view1, view2 = views(batch, key=(seed, epoch, step))
                 if step == 0:
                     plot_views(batch, view1, view2, run.plots / "views.png")
-                factor = warmup_cosine(step, total, warmup)
+                factor = factor_of(step, total, warmup)
                 for group, rate in zip(optim.param_groups, peak, strict=True):
                     group["lr"] = rate * factor
                 with torch.autocast(chosen.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -230,10 +238,10 @@ def _check_batch(batch_size: int, images: ImageData) -> None:
         )
 
 
-def _policy(augment: str | Policy, images: ImageData) -> Policy:
+def _policy(augment: str | Policy, recipe: Method, images: ImageData) -> Policy:
     if augment == "auto":
-        small = "simclr_small" if images.size <= SMALL_IMAGE else "simclr"
-        augment = "digits" if images.name == "digits" else small
+        small = recipe.augment_small if images.size <= SMALL_IMAGE else recipe.augment
+        augment = recipe.augment_digits if images.name == "digits" else small
     return policy_named(augment)
 
 
@@ -251,7 +259,7 @@ def _restore(saved: dict[str, Any], network: nn.Module, optim: torch.optim.Optim
 
 
 def _summary(run: Run, network: nn.Module, images: ImageData, device: torch.device, total: int, step: int) -> str:
-    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    millions = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
     what = f"{run.config['method']}, {millions:.1f} M parameters, on {len(images.train)} images of {images.name}"
     return f"{what} at {images.size} pixels, on {device}, steps {step} to {total}, in {run.out}"
 

@@ -1,7 +1,40 @@
-"""The methods by the names that `train(method=...)` takes."""
+"""The methods by the names that `train(method=...)` takes, with the settings that each takes where none are given."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ssl_fast.methods.moco import MoCo, moco_v1, moco_v2
 from ssl_fast.methods.simclr import SimCLR
 
-METHODS = {"simclr": SimCLR}
 
-__all__ = ["METHODS", "SimCLR"]
+@dataclass(frozen=True)
+class Method:
+    """A method and its recipe.
+
+    Attributes:
+        build: called as build(encoder, features, **method_args) for a module with `encoder`, `head` and a forward of
+            two views that returns the loss.
+        optimizer, schedule: of its paper.
+        warmup: the share of the epochs that the learning rate rises in, ten at most.
+        augment: its policy; for small images; for digits, which no flip leaves what they are.
+    """
+
+    build: Callable[..., Any]
+    optimizer: str
+    schedule: str
+    warmup: float
+    augment: str
+    augment_small: str
+    augment_digits: str
+
+
+METHODS = {
+    "simclr": Method(SimCLR, "lars", "cosine", 0.1, "simclr", "simclr_small", "digits"),
+    "moco_v1": Method(moco_v1, "sgd", "step", 0.0, "moco_v1", "moco_v1", "digits"),
+    "moco_v2": Method(moco_v2, "sgd", "cosine", 0.0, "moco_v2", "moco_v2", "digits_blur"),
+}
+
+__all__ = ["METHODS", "Method", "MoCo", "SimCLR"]

@@ -1,0 +1,202 @@
+"""MoCo v1 (He et al. 2019, arXiv 1911.05722, Algorithm 1) and v2 (Chen et al. 2020, arXiv 2003.04297)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_fast._distributed import gather, rank_and_world, shared_permutation
+from ssl_fast.accelerate import NORMS, SWAPS
+from ssl_fast.ops.batch_norm import _Fused
+from ssl_fast.ops.ema import EMA, _momentum
+from ssl_fast.ops.info_nce import info_nce
+from ssl_fast.queue import KeyQueue
+
+
+class MoCo(nn.Module):
+    """Queries of one view against the key of the other view and a queue of earlier keys.
+
+    q = g(f(im_q)); k comes from a key encoder, whose weights are the moving average of those of f and g, at im_k. The
+    loss is that of K + 1 classes, and the logits (N, K + 1) are never held. The key encoder moves before its forward
+    pass, in place, runs without gradient and keeps nothing; its batch norms' running statistics are its own.
+
+    Batch norm must not tell which key belongs to a query (section 3.3). Over several processes the keys' batch is
+    shuffled between them; on one process, `bn_splits` gives each part of the batch statistics of its own, as so many
+    devices would, and the keys' batch is shuffled. With neither it is not, and statistics are those of the batch.
+
+    Args:
+        base_encoder: as in facebookresearch/moco, a function that is called as base_encoder(num_classes=dim), such as
+            torchvision.models.resnet50, and whose last nn.Linear becomes the head; or, with `features`, a module from
+            images (N, C, H, W) to h (N, features), to which a linear head is added.
+        dim: the width of q and k.
+        K: the length of the queue; at least the images of a step, over all processes.
+        m: the key encoder's momentum, in [0, 1].
+        T: the temperature.
+        mlp: v2's head, W2 relu(W1 h) with a hidden layer as wide as h, in the place of the linear one.
+        features: the width of h, where base_encoder is a module.
+        bn_splits: parts of the batch with statistics of their own, in both encoders; 8 in the authors' CIFAR notebook.
+
+    Attributes:
+        encoder: f, what a downstream task uses: h = model.encoder(images).
+        head: g.
+        key: the EMA whose `.module` is the key encoder.
+        queue: the KeyQueue. All four are in the state dict.
+
+    In eval mode the loss is computed, and neither the key encoder nor the queue moves. With DistributedDataParallel,
+    broadcast_buffers=False spares sending the queue at each step: every process enqueues the same keys.
+
+    Raises:
+        ValueError, TypeError: naming the argument; from forward() for a batch that bn_splits does not divide or K does
+            not hold, from load_state_dict() for a checkpoint of another K or dim, before anything is modified.
+
+    Example:
+        >>> model = MoCo(torchvision.models.resnet50, dim=128, K=65536, m=0.999, T=0.2, mlp=True)
+        >>> model(im_q, im_k).backward()
+    """
+
+    def __init__(
+        self,
+        base_encoder: Callable[..., Any],
+        dim: int = 128,
+        K: int = 65536,
+        m: float = 0.999,
+        T: float = 0.07,
+        mlp: bool = False,
+        *,
+        features: int | None = None,
+        bn_splits: int = 1,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("K", K), ("bn_splits", bn_splits)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: got {value!r}, allowed: a whole number >= 1")
+        if not T > 0:
+            raise ValueError(f"T: got {T}, allowed: a number above 0, such as 0.07 or 0.2")
+        _momentum("m", m, ())
+        self.encoder, self.head = _encoder_and_head(base_encoder, dim, features)
+        if mlp:
+            width = self.head.in_features
+            self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), self.head)
+        if bn_splits > 1:
+            _split_norms(self.encoder, bn_splits)
+        self.key = EMA(self._query(), momentum=m, buffers="none")
+        self.queue = KeyQueue(K, dim)
+        self.T, self.bn_splits = T, bn_splits
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Tensor:
+        """The loss, a scalar, of two views (N, C, H, W) of the same N images."""
+        self.check_batch(len(im_k))
+        q = self.head(self.encoder(im_q))
+        if self.training:
+            self.key.update(self._query())
+        k, keys = self._keys(im_k)
+        loss = info_nce(q, k, self.queue.keys, self.T)
+        if self.training:
+            self.queue.enqueue(keys)
+        return loss
+
+    @torch.no_grad()
+    def _keys(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys (N, dim) of these images, and those of all processes' images in the order of the processes."""
+        rank, world = rank_and_world()
+        if world == 1 and self.bn_splits == 1:
+            k = F.normalize(self.key(images))
+            return k, k
+        everyone = gather(images)
+        order = shared_permutation(len(everyone), images.device).view(world, -1)
+        k = F.normalize(self.key(everyone[order[rank]]))
+        keys = torch.empty_like(k).repeat(world, 1)
+        keys[order.flatten()] = gather(k)
+        return keys.view(world, *k.shape)[rank], keys
+
+    def check_batch(self, images: int) -> None:
+        """Raise where a batch of so many images on each process does not fit."""
+        if images % self.bn_splits:
+            raise ValueError(
+                f"bn_splits: got {self.bn_splits} for a batch of {images}, allowed: a divisor of the batch; drop the "
+                "last, incomplete batch"
+            )
+        world, K = rank_and_world()[1], len(self.queue.keys)
+        if images * world > K:
+            raise ValueError(
+                f"K: got {K}, smaller than the {images * world} keys of a step, allowed: at least as many; raise K or "
+                "lower the batch size"
+            )
+
+    def _query(self) -> nn.Sequential:
+        return nn.Sequential(self.encoder, self.head)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        self.queue.check_state(state_dict, prefix + "queue.")  # before the encoder is loaded
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        return f"T={self.T}, bn_splits={self.bn_splits}"
+
+
+def _encoder_and_head(base: Callable[..., Any], dim: int, features: int | None) -> tuple[nn.Module, Any]:
+    """f, and a linear g from h to dim."""
+    if isinstance(base, nn.Module):
+        if features is None:
+            raise ValueError(
+                "features: got None with a module as base_encoder, allowed: the width of its output, a whole number; "
+                "or pass a function of num_classes, such as torchvision.models.resnet50"
+            )
+        return base, nn.Linear(features, dim)
+    network = base(num_classes=dim)
+    linear = [name for name, module in network.named_modules() if name and isinstance(module, nn.Linear)]
+    head: Any = network.get_submodule(linear[-1]) if linear else None
+    if head is None or head.out_features != dim:
+        last = f"{linear[-1]!r} with {head.out_features} outputs" if linear else "no nn.Linear"
+        raise ValueError(
+            f"base_encoder: got {type(network).__name__}, whose last linear layer is {last}, allowed: one with "
+            f"num_classes={dim} outputs; pass a module that returns h, with features="
+        )
+    network.set_submodule(linear[-1], nn.Identity())
+    return network, head
+
+
+def _split_norms(encoder: nn.Module, splits: int) -> None:
+    """Give each of so many parts of a batch statistics of its own: torch's norms become ours, in place."""
+    norms: list[tuple[str, Any]] = [(n, module) for n, module in encoder.named_modules() if isinstance(module, NORMS)]
+    for name, norm in norms:
+        if type(norm) not in SWAPS and not isinstance(norm, _Fused) or isinstance(norm, nn.SyncBatchNorm):
+            raise ValueError(
+                f"bn_splits: got {splits} with {type(norm).__name__} at {name!r}, allowed: the batch norms of torch.nn "
+                "and ssl_fast.nn; set bn_splits=1"
+            )
+    for _, norm in norms:
+        norm.__class__ = SWAPS.get(type(norm), type(norm))
+        norm.num_splits = splits
+
+
+def moco_v1(
+    encoder: nn.Module,
+    features: int,
+    dim: int = 128,
+    K: int = 65536,
+    m: float = 0.999,
+    T: float = 0.07,
+    mlp: bool = False,
+    bn_splits: int = 8,
+) -> MoCo:
+    """MoCo v1: a linear head, T = 0.07. The paper's batch of 256 lay on 8 devices, so bn_splits is 8."""
+    return MoCo(encoder, dim, K, m, T, mlp, features=features, bn_splits=bn_splits)
+
+
+def moco_v2(
+    encoder: nn.Module,
+    features: int,
+    dim: int = 128,
+    K: int = 65536,
+    m: float = 0.999,
+    T: float = 0.2,
+    mlp: bool = True,
+    bn_splits: int = 8,
+) -> MoCo:
+    """MoCo v2: SimCLR's MLP head, T = 0.2."""
+    return MoCo(encoder, dim, K, m, T, mlp, features=features, bn_splits=bn_splits)
