@@ -93,9 +93,18 @@ def whole(tmp_path_factory):
     return metrics(folder)
 
 
-@pytest.mark.parametrize("optimizer, accelerate", [("lars", False), ("adamw", True)])
-def test_resume_after_sigkill_equals_an_unbroken_run(tmp_path, optimizer, accelerate):
-    settings = {**QUICK, "optimizer": optimizer, "accelerate": accelerate, "save_every": 2, "keep_every": 1}
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"optimizer": "lars"},
+        {"optimizer": "adamw", "accelerate": True},
+        {"method": "moco_v2", "K": 1000, "m": 0.9},
+        {"method": "moco_v1", "K": 1000, "m": 0.9, "accelerate": True},
+    ],
+    ids=str,
+)
+def test_resume_after_sigkill_equals_an_unbroken_run(tmp_path, given):
+    settings = {**QUICK, **given, "save_every": 2, "keep_every": 1}
     train(tmp_path / "whole", model=tiny(), **settings)
     # Killed in step 6: after the checkpoint of step 4, in the middle of the second epoch, with step 5 already recorded.
     killed = in_process(f"train('broken', model=tiny(die=6), **{settings})", tmp_path)
@@ -106,6 +115,7 @@ def test_resume_after_sigkill_equals_an_unbroken_run(tmp_path, optimizer, accele
 
     whole, broken = (read_checkpoint(tmp_path / name / "checkpoints/last.pt") for name in ("whole", "broken"))
     assert whole["step"] == 9 and equal(whole, broken)
+    assert given.get("method") is None or whole["model"]["queue.pointer"] == 9 * 360 % 1000
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
     assert [row["step"] for row in metrics(tmp_path / "broken") if "loss" in row] == list(range(1, 10))
     assert sorted(p.name for p in (tmp_path / "broken/checkpoints").glob("epoch*")) == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -184,19 +185,8 @@ def moco_v1(
     mlp: bool = False,
     bn_splits: int = 8,
 ) -> MoCo:
-    """MoCo v1: a linear head, T = 0.07. The paper's batch of 256 lay on 8 devices, so bn_splits is 8."""
+    """MoCo around an encoder, with the settings of v1. The paper's batch of 256 lay on 8 devices, so bn_splits is 8."""
     return MoCo(encoder, dim, K, m, T, mlp, features=features, bn_splits=bn_splits)
 
 
-def moco_v2(
-    encoder: nn.Module,
-    features: int,
-    dim: int = 128,
-    K: int = 65536,
-    m: float = 0.999,
-    T: float = 0.2,
-    mlp: bool = True,
-    bn_splits: int = 8,
-) -> MoCo:
-    """MoCo v2: SimCLR's MLP head, T = 0.2."""
-    return MoCo(encoder, dim, K, m, T, mlp, features=features, bn_splits=bn_splits)
+moco_v2 = functools.partial(moco_v1, T=0.2, mlp=True)
