@@ -31,6 +31,8 @@ def norm_rows() -> Rows:
 
 def norm_block(rows: Rows) -> str:
     """One table a device: forward and backward of batch norm, a line for each tensor and allocator."""
+    if not rows:
+        return "Not measured yet; `python -m benches.bench_batch_norm` prints it.\n"
     blocks = []
     for device in dict.fromkeys(row["device"] for row in rows):
         here = [r for r in rows if r["device"] == device]
