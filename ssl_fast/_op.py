@@ -214,7 +214,8 @@ class Op:
 def transforming() -> bool:
     """Whether torch.func or forward-mode differentiation looks on: they follow a reference, operation by operation,
     and know neither the operators nor an autograd.Function."""
-    return _forward_ad._current_level >= 0 or _peek_interpreter_stack() is not None
+    looks_on = _forward_ad._current_level >= 0 or _peek_interpreter_stack() is not None
+    return looks_on and not torch.compiler.is_compiling()
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:

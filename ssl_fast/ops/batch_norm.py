@@ -498,10 +498,11 @@ def batch_norm(
         t if t is None or (t.dtype == wide and t.is_contiguous()) else t.to(wide, copy=True).contiguous()
         for t in (running_mean, running_var)
     ]
-    arguments: Any = (residual, weight, bias, *running, num_batches_tracked)
-    options: Any = (training, momentum, eps, num_splits if training else 1, code)
+    arguments = (residual, weight, bias, *running, num_batches_tracked)
+    options = (training, momentum, eps, num_splits if training else 1, code)
     if transforming():
-        y = _fwd_reference(x, *arguments, None, *options, False)[0]
+        given: list[Any] = [x, *arguments, None, *options, False]
+        y = _fwd_reference(*given)[0]
         y = there.copy_(y) if inplace else y
     elif inplace:
         batch_norm_inplace(x, *arguments, None, *options)
