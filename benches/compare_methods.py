@@ -92,7 +92,7 @@ def mflop(data: ImageData) -> float:
 
 def subset(data: ImageData, images: int, folder: Path) -> Path:
     """The first images of Fashion-MNIST, and all that are for testing, as idx files: a data set that `train` takes."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     assert data.test is not None
     parts = [t for split in (data.train, data.test) for t in (split.images, split.labels)]
     for name, part, count in zip(FASHION_FILES, parts, (images, images, None, None), strict=True):
@@ -137,6 +137,7 @@ def main() -> None:
     data = load_data(str(given["data"]), given["root"])
     digits, seed = data.name == "digits", int(given["seed"] or 0)
     out = Path(given["out"] or f"out/compare/{data.name}{'_quick' * args.quick}")
+    out.mkdir(parents=True, exist_ok=True)
     epochs = 1 if args.quick else int(given["epochs"] or (60 if digits else 8))
     images = len(data.train) if digits else min(len(data.train), 600 if args.quick else int(given["images"] or 0))
     source = "digits" if digits else str(subset(data, images, out / f"{images}_images"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 from benches import common
@@ -14,37 +15,31 @@ OURS, DENSE = "ssl_fast", "dense PyTorch"
 
 Rows = list[dict[str, str]]
 
-
 LOSSES = {"nt_xent": "NT-Xent", "info_nce": "InfoNCE, queue", "clip": "CLIP", "sup_con": "SupCon"}
 
 
-def loss_rows() -> Rows:
+STEPS = {"ema": "EMA", "moco": "MoCo step", "accelerate": "training step"}
+
+
+def rows_of(*ops: str) -> Rows:
+    """What results.csv has of these ops, in their order."""
     with common.RESULTS.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["op"] in LOSSES]
-    return sorted(rows, key=lambda row: list(LOSSES).index(row["op"]))
+        rows = [row for row in csv.DictReader(file) if row["op"] in ops]
+    return sorted(rows, key=lambda row: ops.index(row["op"]))
 
 
-def norm_rows() -> Rows:
-    with common.RESULTS.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["op"] == "batch_norm"]
+def norm_block() -> str:
+    """Forward and backward of batch norm, a line for each tensor and allocator."""
 
-
-def norm_block(rows: Rows) -> str:
-    """One table a device: forward and backward of batch norm, a line for each tensor and allocator."""
-    if not rows:
-        return "Not measured yet; `python -m benches.bench_batch_norm` prints it.\n"
-    blocks = []
-    for device in dict.fromkeys(row["device"] for row in rows):
-        here = [r for r in rows if r["device"] == device]
-        tensors = dict.fromkeys((r["shape"], r["dtype"], r["allocator"]) for r in here)
-        lines = []
-        for shape, dtype, allocator in tensors:
+    def lines(here: Rows) -> list[common.Row]:
+        found = []
+        for shape, dtype, allocator in dict.fromkeys((r["shape"], r["dtype"], r["allocator"]) for r in here):
             own = [r for r in here if (r["shape"], r["dtype"], r["allocator"]) == (shape, dtype, allocator)]
             ms = {r["provider"]: float(r["ms"]) for r in own}
             off = {r["provider"]: r["error"] for r in own}
-            lines.append(
+            found.append(
                 {
-                    "tensor": shape.replace(" ", "\u00a0"),
+                    "tensor": unbroken(shape),
                     "dtype": dtype,
                     "allocator": allocator,
                     "ssl_fast ms": ms["ssl_fast"],
@@ -55,22 +50,19 @@ def norm_block(rows: Rows) -> str:
                     "error of eager": off["eager"],
                 }
             )
-        about = here[0]
-        head = f"{device}, {about['threads']} threads, torch {about['torch']}, {about['date']}:"
-        blocks.append(f"{head}\n\n{common.table(lines, lines[0])}\n")
-    return "\n".join(blocks)
+        return found
+
+    return by_device(rows_of("batch_norm"), lines)
 
 
-def loss_block(rows: Rows) -> str:
-    """One table a device: every provider of the default allocator, the rows we lose included."""
-    blocks = []
-    for device in dict.fromkeys(row["device"] for row in rows):
-        here = [r for r in rows if r["device"] == device and r["allocator"] == "default"]
-        about = here[0]
-        lines = [
+def loss_block() -> str:
+    """Every provider of the default allocator, the rows we lose included."""
+
+    def lines(here: Rows) -> list[common.Row]:
+        return [
             {
                 "loss": LOSSES[row["op"]],
-                "shape": row["shape"].replace("=", " ").replace(" ", "\u00a0"),
+                "shape": unbroken(row["shape"].replace("=", " ")),
                 "inputs": row["dtype"],
                 "provider": row["provider"],
                 "ms": row["ms"],
@@ -79,16 +71,53 @@ def loss_block(rows: Rows) -> str:
                 "gradient error": row["error"],
             }
             for row in here
-            if row["provider"] != "ssl_fast, forward alone"
+            if row["allocator"] == "default" and row["provider"] != "ssl_fast, forward alone"
         ]
+
+    return by_device(rows_of(*LOSSES), lines)
+
+
+def step_block() -> str:
+    """The moving average, and whole training steps."""
+
+    def lines(here: Rows) -> list[common.Row]:
+        return [
+            {
+                "what": STEPS[row["op"]],
+                "of": row["shape"].removesuffix(", training step"),
+                "dtype": row["dtype"],
+                "provider": row["provider"],
+                "ms": row["ms"],
+                "ratio": row["ratio"],
+                "to": row["to"],
+                "peak extra MB": row["extra_mb"],
+            }
+            for row in here
+            if row["allocator"] == "default"
+        ]
+
+    return by_device(rows_of(*STEPS), lines)
+
+
+def by_device(rows: Rows, lines: Callable[[Rows], list[common.Row]]) -> str:
+    """A table for each device that rows come from."""
+    blocks = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        here = [row for row in rows if row["device"] == device]
+        about = max(here, key=lambda row: row["date"])
         head = f"{device}, {about['threads']} threads, torch {about['torch']}, {about['date']}:"
-        blocks.append(f"{head}\n\n{common.table(lines, lines[0])}\n")
-    return "\n".join(blocks)
+        table = lines(here)
+        blocks.append(f"{head}\n\n{common.table(table, table[0])}\n")
+    return "\n".join(blocks) or "Not measured yet; `make bench` prints it.\n"
+
+
+def unbroken(text: str) -> str:
+    return text.replace(" ", "\u00a0")
 
 
 def updated(readme: str) -> str:
     """The README with the tables that benches/results.csv gives now."""
-    for name, block in (("losses", loss_block(loss_rows())), ("norms", norm_block(norm_rows()))):
+    for name, block in (("losses", loss_block()), ("norms", norm_block()), ("steps", step_block())):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, rest = readme.split(begin)
         readme = f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
@@ -127,7 +156,7 @@ def draw(rows: Rows) -> None:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     README.write_text(updated(README.read_text()))
-    draw([row for row in loss_rows() if row["op"] == "nt_xent"])
+    draw(rows_of("nt_xent"))
 
 
 if __name__ == "__main__":

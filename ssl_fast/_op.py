@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stack
+from torch.autograd import forward_ad as _forward_ad
 
 BACKENDS = ("native", "triton", "reference")  # the order in which an op tries them
 HALF_AND_FLOAT = (torch.float16, torch.bfloat16, torch.float32)
@@ -208,6 +209,13 @@ class Op:
             return getattr(torch.ops.ssl_fast_native, self.name).default
         module, launcher = self.triton.split(":")  # type: ignore[union-attr]
         return _without_autocast(getattr(importlib.import_module(module), launcher))
+
+
+def transforming() -> bool:
+    """Whether torch.func or forward-mode differentiation looks on: they follow a reference, operation by operation,
+    and know neither the operators nor an autograd.Function."""
+    looks_on = _forward_ad._current_level >= 0 or _peek_interpreter_stack() is not None
+    return looks_on and not torch.compiler.is_compiling()
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:

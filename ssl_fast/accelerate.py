@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from ssl_fast.ops.batch_norm import NEGATIVE_SLOPE, BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedNorm, _Fused
 from ssl_fast.ops.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
@@ -94,8 +95,10 @@ def norm_act(x: Tensor, norm: nn.Module, act: Any, residual: Tensor | None = Non
     """act(norm(x) + residual), in one operator wherever nobody could tell, else as it is written (`inplace`: +=)."""
     if isinstance(x, fx.Proxy):
         return _recorded(x, norm, act, residual, inplace)
-    alike = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    if alike and obstacle(norm, act) is None:
+    alike = residual is None or (
+        isinstance(residual, Tensor) and residual.shape == x.shape and residual.dtype == x.dtype
+    )
+    if alike and not _has_any_global_hook() and obstacle(norm, act) is None:
         return norm(x, residual, activation=activation_of(act))
     x = norm(x)
     if residual is not None:
@@ -286,7 +289,7 @@ class _TimmBatchNormAct(_Subclass, _Fused):
         return f"the {type(self.act).__name__} has hooks" if hooked(self.act) else None
 
     def forward(self: Any, x: Tensor) -> Tensor:  # type: ignore[override]
-        if self.hindrance() is None:
+        if self.hindrance() is None and not _has_any_global_hook():
             return super().forward(x, activation=activation_of(self.act))
         return super(_Fused, self).forward(x)  # timm's
 

@@ -166,7 +166,10 @@ def _sync_batch_norm(
         _update_running(mean, var, total, running_mean, running_var, num_batches_tracked, momentum)
         stats = torch.stack([mean, low, (var + eps).rsqrt()])[:, None]
     if not inplace:
-        return _SyncBatchNorm.apply(x, residual, weight, bias, stats, total, eps, code, group)
+        if torch.is_grad_enabled():
+            return _SyncBatchNorm.apply(x, residual, weight, bias, stats, total, eps, code, group)
+        unused = (None, None, None)
+        return batch_norm_fwd(x, residual, weight, bias, *unused, stats, True, 0.0, eps, 1, code, False)[0]
     batch_norm_inplace(x, residual, weight, bias, None, None, None, stats, True, 0.0, eps, 1, code)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(x)  # a graph that holds the old values must notice

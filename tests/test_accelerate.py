@@ -384,6 +384,23 @@ def test_hooks_see_what_they_saw() -> None:
             assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-12) for a, b in zip(ours[1:], want[1:], strict=True))
 
 
+def test_hooks_of_every_module_see_what_they_saw() -> None:
+    torch.manual_seed(0)
+    eager = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+    model = accelerate(copy.deepcopy(eager)).model
+
+    def activations(m: nn.Module) -> int:
+        seen: list[nn.Module] = []
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        try:
+            m(image(2, 3, 32, 32).float())
+        finally:
+            handle.remove()
+        return sum(type(module) is nn.ReLU for module in seen)
+
+    assert activations(model) == activations(eager) == 9
+
+
 def test_hooks_around_a_norm_keep_torch_fx_out() -> None:
     model = nn.Sequential(Custom(FORWARDS["module"][0]), nn.Identity())
     model[0].register_forward_hook(lambda *_: None)
@@ -562,6 +579,18 @@ class Optional(nn.Module):
     def forward(self, x, skip=None):
         y = F.relu(self.bn(self.conv(x)))
         return y if skip is None else y + skip
+
+
+def test_what_is_added_may_be_a_number_at_another_call() -> None:
+    class Shift(Custom):
+        def forward(self, x: Tensor, shift: Any) -> Tensor:  # type: ignore[override]
+            return F.relu(self.n(self.a(x)) + shift)
+
+    eager = Shift(lambda s, x: x)
+    model, x = accelerate(copy.deepcopy(eager)).model, image(2, 4, 5, 5).float()
+    assert model is not eager
+    for shift in (x, 0.5, torch.tensor(2.0)):
+        assert torch.allclose(model(x, shift), eager(x, shift), atol=1e-5)
 
 
 def test_a_forward_with_optional_arguments_is_not_rebuilt():

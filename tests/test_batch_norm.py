@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import itertools
 import pickle
 import subprocess
@@ -12,6 +14,8 @@ import pytest
 import torch
 from common import DEVICE, FLOOR, assert_close, backends, error
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.nn import functional as F
 
@@ -272,6 +276,11 @@ def test_statistics_stay_fp32():
         assert mine(x).dtype == dtype and mine.running_var.isfinite().all()
     assert ssl_fast.nn.BatchNorm2d(4).double().running_var.dtype == torch.float64
     assert ssl_fast.nn.BatchNorm2d(4).to("meta").running_var.is_meta
+    theirs = nn.BatchNorm2d(4).half()
+    mine = ssl_fast.nn.BatchNorm2d.from_torch(theirs)
+    assert mine.running_mean.dtype == mine.running_var.dtype == torch.float32 and mine.weight is theirs.weight
+    with FakeTensorMode():
+        assert ssl_fast.nn.BatchNorm2d(4, dtype=torch.bfloat16).running_var.dtype == torch.float32
 
 
 @each_backend
@@ -280,6 +289,10 @@ def test_running_statistics_of_another_dtype_are_updated(backend):
     with ssl_fast.backend(backend):
         batch_norm(random((8, 3), mean=5.0), mean, var, training=True, momentum=1.0)
     assert (mean > 4).all()
+    mean, var = torch.zeros(6, device=DEVICE)[::2], torch.ones(3, 2, device=DEVICE)[:, 0]  # and strided
+    with ssl_fast.backend(backend):
+        batch_norm(random((8, 3), mean=5.0), mean, var, training=True, momentum=1.0)
+    assert (mean > 4).all() and (var != 1).all()
 
 
 @each_backend
@@ -449,6 +462,10 @@ def test_inplace_writes_over_the_input_where_no_gradient_is_recorded(backend):
         assert mine.num_batches_tracked == 2
     with pytest.raises(ValueError, match="inplace"):
         batch_norm(torch.ones(4, 3, requires_grad=True), None, None, training=True, inplace=True)
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(ValueError, match="expanded"):
+        batch_norm(torch.ones(1, 3).expand(4, 3), mean, var, training=True, inplace=True)
+    assert (mean == 0).all() and (var == 1).all()
 
 
 def test_second_derivatives():
@@ -477,6 +494,27 @@ def test_second_derivatives():
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         second += torch.autograd.grad(dx.square().sum(), x)
     assert error(*second) < 1e-4
+
+
+def test_transforms_and_forward_mode():
+    x, residual, tangent = (random((4, 3, 2, 2), torch.float64, seed=i) for i in range(3))
+    weight, bias = (t.double() for t in affine(3))
+
+    def value(fn, x):
+        mean, var = torch.zeros(3).to(x), torch.ones(3).to(x)
+        return fn(x, residual, weight, bias, mean, var, activation="relu").square()
+
+    for training in (True, False):
+        found = []
+        for fn in (ours, plain):
+            f = functools.partial(value, functools.partial(fn, training=training))
+            with forward_ad.dual_level():
+                dual = forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent))).tangent
+            found.append([torch.func.grad(lambda t, f=f: f(t).sum())(x), torch.func.jvp(f, (x,), (tangent,))[1], dual])
+            if not training:  # running statistics do not move under vmap, in torch neither
+                found[-1] += [torch.func.vmap(f)(torch.stack([x, tangent])), torch.func.jacrev(f)(x)]
+        for a, b in zip(*found, strict=True):
+            assert error(a, b) < 1e-12
 
 
 @each_backend
@@ -584,6 +622,11 @@ def test_modules_are_torchs_subclasses_with_their_state_dict():
         with pytest.raises(ValueError):
             cls(3)(torch.ones(2, 3, 4, 4, 4, 4))
     assert ssl_fast.nn.BatchNorm2d(3, affine=False, track_running_stats=False).state_dict() == {}
+
+
+def test_a_module_with_an_activation_can_be_looked_at():
+    mine = ssl_fast.nn.BatchNorm2d(4, activation="relu")
+    assert not hasattr(mine, "qconfig") and "activation" in dict(inspect.getmembers(mine))
 
 
 def test_autocast_leaves_the_input_dtype():

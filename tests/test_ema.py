@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -258,6 +259,15 @@ def test_a_graph_that_holds_the_old_value_notices(backend: str) -> None:
         ema_update_([weight], [torch.zeros_like(weight)], 0.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.skipif(ema._update.reason("native", "cpu", torch.float32) is not None, reason="no native library")
+def test_the_portable_code() -> None:
+    environment = {**os.environ, "SSL_FAST_CPU_CAPABILITY": "portable"}
+    chosen = "native and (fp64 or layouts or copies_and_rounds or that_of_the_reference)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout
 
 
 def test_two_runs_are_equal_to_the_bit() -> None:

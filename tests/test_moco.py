@@ -351,15 +351,13 @@ def worker(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     model = moco(Watched, 6, torch.float64, K=40, m=0.9)
     torch.manual_seed(10 + rank)  # the order comes from rank 0
-    optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.05)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
     losses, seen = [], []
     for pair in views(4, dtype=torch.float64).cpu():
-        loss = model(*pair.unflatten(1, (world, -1))[:, rank])
+        loss = wrapped(*pair.unflatten(1, (world, -1))[:, rank])
         optimizer.zero_grad()
         loss.backward()
-        for p in model.encoder.parameters():
-            dist.all_reduce(p.grad)
-            p.grad /= world
         optimizer.step()
         losses.append(loss.detach())
         seen.append(model.key.module[0].seen)
@@ -382,7 +380,7 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
 
     model = moco(Watched, 6, torch.float64, K=40, m=0.9)
-    optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for i, pair in enumerate(views(4, dtype=torch.float64).cpu()):
         loss = model(*pair)
         optimizer.zero_grad()

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_fast._op import HALF_AND_FLOAT, Op
+from ssl_fast._op import HALF_AND_FLOAT, Op, transforming
 
 # As the kernels number them.
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4}
@@ -448,7 +449,8 @@ def batch_norm(
     Equivalent to, for activation="relu":
         F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps) + residual)
     Statistics are fp32 whatever x is (fp64 for fp64), and exact for a mean that is large beside the deviation. The
-    backward keeps x, and with a residual one bit an element; under no_grad nothing is kept. Differentiable twice.
+    backward keeps x, and with a residual one bit an element; under no_grad nothing is kept. Differentiable twice;
+    torch.func's transforms and forward-mode differentiation go through plain torch operations.
 
     Args:
         x: (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W); fp16, bf16, fp32 or fp64; contiguous or channels_last,
@@ -486,14 +488,23 @@ def batch_norm(
     records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
     if inplace and records:
         raise ValueError("inplace: got True where a gradient is recorded, allowed: True under torch.no_grad() alone")
+    if inplace and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError("x: got an expanded tensor, allowed with inplace=True: one whose elements are each its own")
     there, x = x, dense(x)
     if residual is not None:
         residual = like(residual.view_as(residual) if residual is x else residual, x)  # compile wants them distinct
     wide = accumulator(x)
-    running = [t if t is None or t.dtype == wide else t.to(wide) for t in (running_mean, running_var)]
+    running = [
+        t if t is None or (t.dtype == wide and t.is_contiguous()) else t.to(wide, copy=True).contiguous()
+        for t in (running_mean, running_var)
+    ]
     arguments = (residual, weight, bias, *running, num_batches_tracked)
     options = (training, momentum, eps, num_splits if training else 1, code)
-    if inplace:
+    if transforming():
+        given: list[Any] = [x, *arguments, None, *options, False]
+        y = _fwd_reference(*given)[0]
+        y = there.copy_(y) if inplace else y
+    elif inplace:
         batch_norm_inplace(x, *arguments, None, *options)
         y = there if there is x else there.copy_(x)
     elif records:
@@ -589,13 +600,14 @@ def check_activation(activation: str | None) -> None:
 
 class _RefusesConversion:
     """torch's convert_sync_batchnorm would match our modules by isinstance and drop what is fused without a word; it
-    asks for `qconfig`, which quantisation sets, on its way."""
+    asks for `qconfig`, an attribute of quantisation, on its way."""
 
     def __get__(self, module: Any, owner: type) -> Any:
-        if module is not None and (module.activation is not None or module.num_splits != 1):
+        converts = sys._getframe(1).f_code.co_name == "convert_sync_batchnorm"  # anyone else may look
+        if converts and module is not None and (module.activation is not None or module.num_splits != 1):
             raise TypeError(
-                f"qconfig: got a module with activation={module.activation!r}, num_splits={module.num_splits}, which "
-                "torch's convert_sync_batchnorm and quantisation would drop; use ssl_fast.convert_sync_batchnorm"
+                f"module: got one with activation={module.activation!r}, num_splits={module.num_splits}, which "
+                "torch's convert_sync_batchnorm would drop; use ssl_fast.convert_sync_batchnorm"
             )
         raise AttributeError("qconfig")
 
@@ -618,6 +630,13 @@ class FusedNorm(nn.modules.batchnorm._NormBase):
                 setattr(self, name, old.to(new.device, torch.float32) if new.device.type != "meta" else new.float())
         return self
 
+    def _widen_statistics(self) -> Any:
+        for name in ("running_mean", "running_var"):
+            statistics = getattr(self, name)
+            if statistics is not None and statistics.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, statistics.float())
+        return self
+
     def extra_repr(self) -> str:
         defaults = {"activation": None, "num_splits": 1, "inplace": False}
         changed = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
@@ -626,10 +645,11 @@ class FusedNorm(nn.modules.batchnorm._NormBase):
 
     @classmethod
     def from_torch(cls, module: nn.modules.batchnorm._NormBase, **options: Any) -> Any:
-        """A module of this class that shares the parameters and buffers of torch's; options as in the constructor."""
+        """A module of this class that shares the parameters and buffers of torch's (16-bit statistics are widened);
+        options as in the constructor."""
         ours = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats,
                    device="meta", **options)  # fmt: skip
-        return _adopt(ours, module)
+        return _adopt(ours, module)._widen_statistics()
 
     def to_torch(self) -> nn.modules.batchnorm._NormBase:
         """torch's module with the same parameters and buffers; for one without an activation."""
@@ -670,7 +690,7 @@ class _Fused(FusedNorm, nn.modules.batchnorm._BatchNorm):
         self.activation = activation
         self.num_splits = num_splits
         self.inplace = inplace
-        self._apply(lambda t: t)
+        self._widen_statistics()
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, activation: str | None = None) -> Tensor:
         """`activation` is for a caller who knows what follows; the default is the module's own."""

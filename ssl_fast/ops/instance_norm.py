@@ -38,7 +38,8 @@ def instance_norm(
     Equivalent to, for activation="relu":
         F.relu(F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps) + residual)
     Statistics are fp32 whatever x is (fp64 for fp64), and exact for a mean that is large beside the deviation. The
-    backward keeps x, and with a residual one bit an element; under no_grad nothing is kept. Differentiable twice.
+    backward keeps x, and with a residual one bit an element; under no_grad nothing is kept. Differentiable twice;
+    torch.func and forward-mode differentiation go through plain torch operations.
 
     Args:
         x: (N, C, L), (N, C, H, W) or (N, C, D, H, W); fp16, bf16, fp32 or fp64; contiguous or channels_last, which the
@@ -91,7 +92,7 @@ class _Fused(FusedNorm, nn.modules.instancenorm._InstanceNorm):
             self.register_parameter("bias", None)
         check_activation(activation)
         self.activation = activation
-        self._apply(lambda t: t)
+        self._widen_statistics()
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, activation: str | None = None) -> Tensor:
         """`activation` is for a caller who knows what follows; the default is the module's own."""
