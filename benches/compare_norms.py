@@ -72,10 +72,15 @@ def main() -> None:
     rows = []
     for name, (axes, norm) in NORMS.items():
         start = time.monotonic()
-        result = train(out / name.replace(" ", "_"), "digits", model=encoder(norm, data.channels, seed), epochs=epochs,
-                       head="linear", optimizer="sgd", lr=0.06, seed=seed, knn_every=epochs, overwrite=True)  # fmt: skip
+        net, folder = encoder(norm, data.channels, seed), out / name.replace(" ", "_")
+        result = train(folder, "digits", model=net, epochs=epochs, head="linear", optimizer="sgd", lr=0.06, seed=seed,
+                       knn_every=epochs, overwrite=True)  # fmt: skip
         row = {"norm": name, "mean over": axes, "loss": result["loss"], "kNN": result["knn"]}
-        row |= {"seconds": time.monotonic() - start, "ms a step": common.timing(times[name])["ms"], "MB a step": memory[name]}
+        row |= {
+            "seconds": time.monotonic() - start,
+            "ms a step": common.timing(times[name])["ms"],
+            "MB a step": memory[name],
+        }
         rows.append(row)
         print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
     title = (

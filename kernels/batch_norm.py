@@ -475,7 +475,8 @@ def _gradients_kernel(
         if WHOLE:
             mean_dz, slope = _sums_of_part(
                 dy_ptr, x_ptr, residual_ptr, mask_ptr, partial_ptr, mean, low, invstd, scale, shift,
-                block, channel, split, part, first, last, UNITS, S, C, KT, WIDTH, ACTIVATION, INNERMOST, BLOCK_R, BLOCK_K,
+                block, channel, split, part, first, last, UNITS, S, C, KT, WIDTH, ACTIVATION,
+                INNERMOST, BLOCK_R, BLOCK_K,
             )  # fmt: skip
         if TRAINING:
             if means_ptr is not None:

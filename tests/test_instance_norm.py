@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from common import DEVICE, FLOOR, assert_close, backends, error
+from common import DEVICE, assert_close, backends, error
 from test_batch_norm import FOLLOWERS, affine, laid, random
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,17 +18,17 @@ from ssl_fast.ops import batch_norm as ops
 
 BACKENDS = backends(ops.batch_norm_fwd, torch.float32)
 INTERPRETED = DEVICE == "cpu"  # triton, where each program takes its time
-# On a CPU: blocks of one channel, of several and of all, of a whole image, and of a part of one; a line of several rows.
+# On a CPU: blocks of several channels and of all, of a whole image, and of a part of one; lines of several rows.
 SHAPES = (
-    (4, 5, 2, 2), (3, 5, 7), (2, 1, 9, 9), (17, 19, 5, 7), (2, 130, 3, 3), (2, 3, 2, 3, 4), (16, 8, 6, 6), (2, 17, 101, 101),
-    (2, 24, 50, 50), (1, 2, 300, 301),
+    (4, 5, 2, 2), (3, 5, 7), (2, 1, 9, 9), (17, 19, 5, 7), (2, 130, 3, 3), (2, 3, 2, 3, 4), (16, 8, 6, 6),
+    (2, 17, 80, 81), (2, 24, 80, 80), (1, 2, 60, 61),
 )  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = tuple(FOLLOWERS)
 CASES = [
     (shape, layout, ACTIVATIONS[(i + k) % 5], (k + i // 5) % 2 == 0, DTYPES[(i + k) % 4])
     for i, shape in enumerate(SHAPES)
-    for k, layout in enumerate(("planes", "rows") * 3)
+    for k, layout in enumerate(("planes", "rows") * 2)
 ]
 
 
@@ -75,13 +75,17 @@ def results(fn, x, residual, weight, bias, dy, dtype, **options) -> dict[str, Te
     return {"y": y.detach(), "mean": mean, "var": var, **{f"d{n}": g for n, g in zip(given, gradients, strict=True)}}
 
 
+def strides(x: Tensor) -> list[int]:
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
 def check(x, residual, weight, bias, dy, backend, **options) -> dict[str, Tensor]:
     dtype = x.dtype
     truth = results(plain, x, residual, weight, bias, dy, torch.float64, **options)
     theirs = results(plain, x, residual, weight, bias, dy, dtype, **options)
     with ssl_fast.backend(backend):
         value = results(ours, x, residual, weight, bias, dy, dtype, **options)
-    assert value["y"].dtype == dtype and value["y"].stride() == x.stride() and value["dx"].stride() == x.stride()
+    assert value["y"].dtype == dtype and strides(value["y"]) == strides(value["dx"]) == strides(x)
     for name in truth:
         assert_close(f"{name} of {backend}", value[name], truth[name], theirs[name], dtype)
     return value
@@ -213,17 +217,12 @@ def test_two_runs_are_equal_to_the_bit_at_any_number_of_threads(backend):
         assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
-def test_a_plane_of_more_than_a_cache_holds():
-    """Native blocks beyond 2 MiB, in both layouts."""
-    for layout, shape in (("planes", (1, 2, 800, 801)), ("rows", (16, 8, 260, 260))):
-        x, dy = random(shape, layout=layout, mean=3.0), random(shape, layout=layout, seed=2)
-        given = affine(shape[1])
-        truth, value = (results(fn, x, None, *given, dy, t) for fn, t in ((plain, torch.float64), (ours, x.dtype)))
-        assert all(error(value[name], truth[name]) < 2e-6 for name in truth)
-
-
 def test_second_derivatives():
-    for shape, activation, residual in (((2, 2, 3), "relu", True), ((2, 2, 2, 2), None, False), ((3, 1, 3), "gelu", True)):
+    for shape, activation, residual in (
+        ((2, 2, 3), "relu", True),
+        ((2, 2, 2, 2), None, False),
+        ((3, 1, 3), "gelu", True),
+    ):
         inputs = [random(shape, torch.float64), random(shape, torch.float64, seed=1)]
         inputs = [t.requires_grad_() for t in (*inputs, *(a.double() + 0.5 for a in affine(shape[1])))]
 
@@ -267,7 +266,7 @@ def test_torchs_own_module_tests(name):
             expected, got = theirs(*given.args, **given.kwargs), mine(*given.args, **given.kwargs)
             torch.testing.assert_close(got, expected)
             if case.reference_fn is not None:
-                torch.testing.assert_close(got, case.reference_fn(mine, list(mine.parameters()), *given.args))
+                torch.testing.assert_close(got, case.reference_fn(mine, *given.args))
             leaves = [t for t in (*given.args, *mine.parameters()) if t.requires_grad]
             of_theirs = [t for t in (*given.args, *theirs.parameters()) if t.requires_grad]
             dy = torch.randn_like(got)
@@ -284,7 +283,9 @@ def test_torchs_own_module_tests(name):
 @pytest.mark.parametrize("momentum", (0.1, 1.0, None))
 def test_running_statistics_are_torchs(momentum):
     """With momentum=None they stay, and no batch is counted: as in torch."""
-    mine, theirs = (m.InstanceNorm2d(3, momentum=momentum, affine=True, track_running_stats=True) for m in (ssl_fast.nn, nn))
+    mine, theirs = (
+        m.InstanceNorm2d(3, momentum=momentum, affine=True, track_running_stats=True) for m in (ssl_fast.nn, nn)
+    )
     for step in range(3):
         x = random((4, 3, 5, 5), seed=step, mean=step).cpu()
         assert error(mine(x), theirs(x)) < 1e-6
@@ -294,7 +295,11 @@ def test_running_statistics_are_torchs(momentum):
 
 
 def test_modules_are_torchs_subclasses():
-    for name, shape in (("InstanceNorm1d", (4, 3, 6)), ("InstanceNorm2d", (4, 3, 2, 2)), ("InstanceNorm3d", (4, 3, 2, 2, 2))):
+    for name, shape in (
+        ("InstanceNorm1d", (4, 3, 6)),
+        ("InstanceNorm2d", (4, 3, 2, 2)),
+        ("InstanceNorm3d", (4, 3, 2, 2, 2)),
+    ):
         base, cls = getattr(nn, name), getattr(ssl_fast.nn, name)
         theirs = base(3, affine=True, track_running_stats=True)
         mine = cls.from_torch(theirs, activation="relu")

@@ -4,8 +4,8 @@ residual and an activation:
     u = weight * (x - mean) / sqrt(var + eps) + bias + residual        y = activation(u)
 
 with mean and variance over the positions of each image and channel. That is a batch norm whose every image is a split
-of the batch with statistics of its own, so the operators are those of ssl_fast/ops/batch_norm.py, which index weight and
-bias by channel, repeat nothing, and read planes and rows of channels as they lie.
+of the batch with statistics of its own, so the operators are those of ssl_fast/ops/batch_norm.py, which index weight
+and bias by channel, repeat nothing, and read planes and rows of channels as they lie.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ class _Fused(FusedNorm, nn.modules.instancenorm._InstanceNorm):
             message = f"input: got {channels} channels in dimension {int(batched)}, allowed: {self.num_features}"
             if self.affine:
                 raise ValueError(f"expected input's size to match num_features; {message}")
-            warnings.warn(f"input's size does not match num_features, which affine=False does not use; {message}", stacklevel=2)
+            warnings.warn(
+                f"input's size does not match num_features, which affine=False does not use; {message}", stacklevel=2
+            )
         if not batched:
             input, residual = input[None], None if residual is None else residual[None]
         y = instance_norm(
@@ -145,4 +147,4 @@ class InstanceNorm2d(_Fused, nn.InstanceNorm2d):
 
 
 class InstanceNorm3d(_Fused, nn.InstanceNorm3d):
-    """torch.nn.InstanceNorm3d with a fused residual and activation; (N, C, D, H, W) or (C, D, H, W). As InstanceNorm2d."""
+    """torch.nn.InstanceNorm3d with a fused residual and activation; (N, C, D, H, W) or (C, D, H, W)."""
