@@ -414,10 +414,10 @@ def _sums_of_part(
         )  # fmt: skip
         dz = tl.where(live, dz, 0.0)
         sums += dz
-        moments += dz * (centred - low)
+        moments += dz * centred
     at = partial_ptr + (split + S * part).to(tl.int64) * 2 * C + channel
     all_dz = _sum(sums, INNERMOST)
-    all_moments = _sum(moments, INNERMOST) * invstd
+    all_moments = (_sum(moments, INNERMOST) - low * all_dz) * invstd
     tl.store(at, all_dz, channel < C)
     tl.store(at + C, all_moments, channel < C)
     return all_dz, all_moments
@@ -490,6 +490,7 @@ def _gradients_kernel(
                 mean_dz /= count
                 slope /= count
             slope *= invstd
+            mean_dz -= low * slope
         for back in range(first, last):
             row, start, inside = _tile(
                 first + last - 1 - back, block, split, UNITS, C, KT, INNERMOST, BLOCK_R, BLOCK_K
@@ -506,7 +507,7 @@ def _gradients_kernel(
                 tl.store(dresidual_ptr + at, rounded(dz, dresidual_ptr.dtype.element_ty), live)
             if dx_ptr is not None:
                 if TRAINING:
-                    dz -= mean_dz + (centred - low) * slope
+                    dz -= mean_dz + centred * slope
                 tl.store(dx_ptr + at, rounded(dz * scale, dx_ptr.dtype.element_ty), live)
 
 
@@ -714,6 +715,7 @@ def batch_norm_bwd(
         _gradients_kernel[grid](
             *operands, partials, *_compact(means), *outputs, P=launch.parts, WHOLE=whole, TRAINING=training,
             ACTIVATION=activation, **launch.sizes, **launch.row, **launch.constants,
+            maxnreg=128 if whole else None,  # two programs a multiprocessor; ptxas would spill for a third
         )  # fmt: skip
 
     if elementwise and means is None and launch.parts == 1:  # as in the forward; then sums over the splits
