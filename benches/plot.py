@@ -1,4 +1,5 @@
-"""Makes the README's tables and its plot from benches/results.csv: `python -m benches.plot`."""
+"""Makes the README's tables and its plot from benches/results.csv, and the picture of docs/norms.md:
+`python -m benches.plot`."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from benches import common
 
 README = Path(__file__).parents[1] / "README.md"
 PICTURE = Path(__file__).parents[1] / "docs/nt_xent.png"
+AXES = Path(__file__).parents[1] / "docs/norm_axes.png"
 OURS, DENSE = "ssl_fast", "dense PyTorch"
 
 Rows = list[dict[str, str]]
@@ -29,7 +31,7 @@ def rows_of(*ops: str) -> Rows:
 
 
 def norm_block() -> str:
-    """Forward and backward of batch norm, a line for each tensor and allocator."""
+    """Forward and backward of batch and instance norm, a line for each tensor and allocator."""
 
     def lines(here: Rows) -> list[common.Row]:
         found = []
@@ -52,7 +54,7 @@ def norm_block() -> str:
             )
         return found
 
-    return by_device(rows_of("batch_norm"), lines)
+    return by_device(rows_of("batch_norm", "instance_norm"), lines)
 
 
 def loss_block() -> str:
@@ -153,10 +155,45 @@ def draw(rows: Rows) -> None:
     figure.savefig(PICTURE, dpi=110)
 
 
+def draw_axes() -> None:
+    """Which numbers of an activation share a mean and a variance: one set of them coloured in each cube."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    everything, one = slice(None), slice(0, 1)
+    sets = {
+        "batch norm\na channel": (everything, one, everything),
+        "layer norm, of a token or pixel\nLayerNorm, LayerNorm2d": (one, everything, one),
+        "layer norm, of an image\nGroupNorm(1)": (one, everything, everything),
+        "instance norm\na channel of an image": (one, one, everything),
+    }
+    images, channels, positions = 4, 5, 6
+    figure = plt.figure(figsize=(13, 3.9))
+    for column, (title, (n, c, p)) in enumerate(sets.items()):
+        axis = figure.add_subplot(1, len(sets), column + 1, projection="3d")
+        colours = np.full((images, channels, positions), "#f2f2f2", dtype=object)
+        colours[n, c, p] = "#3b7dd8"
+        # The corner that the sets have in common is the one in front.
+        axis.voxels(np.ones(colours.shape, bool), facecolors=colours, edgecolor="#8a8a8a", linewidth=0.4)
+        axis.view_init(elev=24, azim=-128)
+        axis.set_aspect("equal")
+        axis.set(xticks=[], yticks=[], zticks=[], xlabel="images N", ylabel="channels C", zlabel="positions H, W")
+        for label in (axis.xaxis, axis.yaxis, axis.zaxis):
+            label.labelpad = -12
+        axis.set_title(title, fontsize=11)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.86, wspace=0.02)
+    figure.savefig(AXES, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     README.write_text(updated(README.read_text()))
     draw(rows_of("nt_xent"))
+    draw_axes()
 
 
 if __name__ == "__main__":

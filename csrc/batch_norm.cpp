@@ -1,5 +1,7 @@
 // Batch norm on the CPU, with the residual and the activation that follow it: two sweeps each way, over a dense tensor in
 // either layout. Forward: x; x, residual, y. Backward: dy, x; dy, x, dx, dresidual; with a bit an element of mask beside.
+// Where a cache holds all values of a channel in a split, as of an instance norm, one block has them, and its second sweep
+// follows the first at once: memory is then read once.
 //
 // Statistics are (3, S, C): the mean, what rounding it to fp32 left out, and 1 / sqrt(var + eps). x - mean is exact for x
 // near the mean, however large that is, so
@@ -72,6 +74,8 @@ const Kernels& kernels() {
 // Work below which a second thread is not worth its waking, and what a block should hold.
 constexpr int64_t kWorthThreads = int64_t{128} << 10, kBlockBytes = int64_t{256} << 10, kMostBlocks = 64;
 constexpr int64_t kLeastRows = 64, kLeastOfPlanes = 4096;  // values of a channel in a block
+// Bytes of a channel's values that a cache holds until the second sweep, and as many such blocks as keep every thread busy.
+constexpr int64_t kCachedBytes = int64_t{2} << 20, kLeastBlocks = 16;
 // Outputs that no cache would hold until they are read are written past the caches.
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
 constexpr int64_t kMostLanes = 16;
@@ -100,6 +104,12 @@ void copy_channels(const Optional& values, int64_t channels, float missing, cons
 // Rows shorter than this are taken several at a time, as rows of so many more channels: what a line costs beside its
 // elements is then paid once for all of them.
 constexpr int64_t kShortRow = 512;
+
+void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 // A tensor, and how it is cut into blocks.
 struct Task : Problem {
@@ -131,6 +141,13 @@ struct Task : Problem {
     lines_a_block = std::max<int64_t>(1, ceil_div(lines, groups));
     groups = count == 0 || features == 0 ? 0 : ceil_div(lines, lines_a_block);
     channels_a_block = planes ? std::max<int64_t>(1, ceil_div(channels, ceil_div(wanted, std::max<int64_t>(groups, 1)))) : channels;
+    // By splits, and by channels where those lie apart: what has statistics of its own.
+    const int64_t owners = splits * (planes ? channels : 1), own = bytes / std::max<int64_t>(owners, 1);
+    if (groups > 0 && owners >= kLeastBlocks && own <= kCachedBytes) {
+      groups = 1;
+      lines_a_block = lines;
+      if (planes) channels_a_block = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(own, 1), 1, channels);
+    }
     parts = channels == 0 ? 0 : ceil_div(channels, channels_a_block);
   }
 
@@ -143,31 +160,60 @@ struct Task : Problem {
   }
   int64_t mask_bytes() const { return ceil_div(length, 8) * lines * splits * (planes ? channels : 1); }
 
-  // f(b) for every block; the last first where what came before went from first to last.
+  // f(begin, end) for ranges of blocks.
   template <class F>
-  void for_each_block(const F& f) const {
+  void for_blocks(const F& f) const {
     const int64_t grain = bytes < kWorthThreads ? std::max<int64_t>(blocks(), 1) : 1;
-    torch::stable::parallel_for(0, blocks(), grain, [&](int64_t begin, int64_t end) { f(begin, end); });
+    torch::stable::parallel_for(0, blocks(), grain, f);
   }
 
-  // Sums of the blocks into (groups, splits, channels) arrays of doubles, two of them.
+  // f(b) for every block, the last first where what came before went from first to last.
   template <class F>
-  void sum_blocks(double* first, double* second, const F& f) const {
+  void sweep(const F& f) const {
+    for_blocks([&](int64_t begin, int64_t end) {
+      for (int64_t i = end; i-- > begin;) f(block(i));
+      if (stream) fence();
+    });
+  }
+
+  // sum(task, block, first, second, work): what a block adds to (groups, splits, channels) arrays, two of them; and then
+  // after(block).
+  template <class F, class G>
+  void sum_blocks(double* first, double* second, const F& sum, const G& after) const {
     Failure failure;
-    for_each_block([&](int64_t begin, int64_t end) {
+    for_blocks([&](int64_t begin, int64_t end) {
       failure.guard([&] {
         const Buffer<float> work(kernels().work(*this, channels_a_block));
         for (int64_t i = begin; i < end; ++i) {
           const Block b = block(i);
           const int64_t at = ((i / parts % groups) * splits + b.split) * channels + b.first_channel;
-          f(b, first + at, second + at, work.get());
+          sum(*this, b, first + at, second + at, work.get());
+          after(b);
         }
       });
+      if (stream) fence();
     });
     failure.rethrow();
   }
-  int64_t sums_size() const { return std::max<int64_t>(groups, 1) * splits * channels; }
-  int64_t size() const { return splits * features; }  // of an array (S, C)
+  template <class F>
+  void sum_blocks(double* first, double* second, const F& sum) const {
+    sum_blocks(first, second, sum, [](const Block&) {});
+  }
+
+  // Sums; finish(split, first_channel, channels) with those of all blocks; and then(block).
+  template <class F, class G, class H>
+  void two_sweeps(double* first, double* second, const F& sum, const G& finish, const H& then) const {
+    if (groups == 1) {  // a block has all values of its channels, and finds them in the cache again
+      return sum_blocks(first, second, sum, [&](const Block& b) {
+        finish(b.split, b.first_channel, b.channels);
+        then(b);
+      });
+    }
+    sum_blocks(first, second, sum);
+    for (int64_t s = 0; s < splits; ++s) finish(s, 0, channels);
+    sweep(then);
+  }
+  int64_t size() const { return splits * channels; }  // of an array of sums
 
   // Whether vectors of an output start where a store past the caches may.
   void choose_stream(std::initializer_list<const void*> outputs) {
@@ -184,11 +230,16 @@ struct Task : Problem {
   int64_t parts, channels_a_block;  // and of channels
 };
 
-void fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
+// The two arrays of sums of all blocks.
+struct Pair {
+  explicit Pair(const Task& p)
+      : size(std::max<int64_t>(p.groups, 1) * p.size()), scratch(2 * size * static_cast<int64_t>(sizeof(double))),
+        first(static_cast<double*>(scratch.get())), second(first + size) {}
+
+  int64_t size;
+  Scratch scratch;
+  double *first, *second;
+};
 
 // Mean and sum of squares about it of `before` and of n values, by Chan's rule, into the former.
 void merge(double& mean, double& m2, double before, double other_mean, double other_m2, double n) {
@@ -197,51 +248,33 @@ void merge(double& mean, double& m2, double before, double other_mean, double ot
   m2 += other_m2 + delta * delta * (before * n / all);
 }
 
-// (S, C) each, from the arrays of the blocks, over which they come to lie.
-void merge_moments(const Task& p, double* mean, double* m2) {
+// Of a split, `channels` from the first one on: what the blocks found, and the rows of a line, into the first of them.
+void merge_moments(const Task& p, double* mean, double* m2, int64_t split, int64_t first, int64_t channels) {
+  mean += split * p.channels;
+  m2 += split * p.channels;
   if (p.groups == 0) {
-    std::fill(mean, mean + p.size(), 0.0);
-    std::fill(m2, m2 + p.size(), 0.0);
+    std::fill(mean + first, mean + first + channels, 0.0);
+    std::fill(m2 + first, m2 + first + channels, 0.0);
     return;
   }
-  const int64_t size = p.splits * p.channels, rows = p.channels / p.features;
+  const int64_t size = p.size(), rows = p.channels / p.features;
   const double line = static_cast<double>(p.count / (p.lines * rows)), all = static_cast<double>(p.count / rows);
   for (int64_t g = 1; g < p.groups; ++g) {
     const double before = line * static_cast<double>(g * p.lines_a_block);
     const double n = line * static_cast<double>(p.block(g * p.parts).count);
-    for (int64_t k = 0; k < size; ++k) merge(mean[k], m2[k], before, mean[g * size + k], m2[g * size + k], n);
+    for (int64_t k = first; k < first + channels; ++k) merge(mean[k], m2[k], before, mean[g * size + k], m2[g * size + k], n);
   }
-  for (int64_t s = 0; s < p.splits; ++s)
-    for (int64_t c = 0; c < p.features; ++c) {
-      const int64_t from = s * p.channels + c, to = s * p.features + c;
-      double m = mean[from], q = m2[from];
-      for (int64_t r = 1; r < rows; ++r) {
-        const int64_t other = from + r * p.features;
-        merge(m, q, all * static_cast<double>(r), mean[other], m2[other], all);
-      }
-      mean[to] = m;
-      m2[to] = q;
-    }
+  for (int64_t r = 1; r < rows; ++r)
+    for (int64_t c = 0; c < p.features; ++c)
+      merge(mean[c], m2[c], all * static_cast<double>(r), mean[r * p.features + c], m2[r * p.features + c], all);
 }
 
-void merge_sums(const Task& p, double* sums) {
-  if (p.groups == 0) return std::fill(sums, sums + p.size(), 0.0);
-  const int64_t size = p.splits * p.channels;
+void merge_sums(const Task& p, double* sums, int64_t split, int64_t first, int64_t channels) {
+  sums += split * p.channels;
+  if (p.groups == 0) return std::fill(sums + first, sums + first + channels, 0.0);
   for (int64_t g = 1; g < p.groups; ++g)
-    for (int64_t k = 0; k < size; ++k) sums[k] += sums[g * size + k];
-  for (int64_t s = 0; s < p.splits; ++s)
-    for (int64_t c = 0; c < p.features; ++c) {
-      double sum = 0;
-      for (int64_t k = c; k < p.channels; k += p.features) sum += sums[s * p.channels + k];
-      sums[s * p.features + c] = sum;
-    }
-}
-
-void moments(const Task& p, double* mean, double* m2) {
-  p.sum_blocks(mean, m2, [&](const Block& b, double* mean_b, double* m2_b, float* work) {
-    kernels().moments(p, b, {mean_b, m2_b}, work);
-  });
-  merge_moments(p, mean, m2);
+    for (int64_t k = first; k < first + channels; ++k) sums[k] += sums[g * p.size() + k];
+  for (int64_t k = p.features; k < p.channels; ++k) sums[k % p.features] += sums[k];
 }
 
 float* fp32(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
@@ -273,7 +306,7 @@ void update_running(const Task& p, const double* mean, const double* m2, const R
     float* const out = fp32(*values);
     for (int64_t c = 0; c < p.features; ++c) {
       double sum = 0;
-      for (int64_t s = 0; s < p.splits; ++s) sum += of_splits[s * p.features + c];
+      for (int64_t s = 0; s < p.splits; ++s) sum += of_splits[s * p.channels + c];
       out[c] = static_cast<float>(out[c] + weight * (sum * factor / static_cast<double>(p.splits) - out[c]));
     }
   };
@@ -281,50 +314,31 @@ void update_running(const Task& p, const double* mean, const double* m2, const R
   follow(running.var, m2, unbiased);
 }
 
-// (3, S, C), of the batch or the running ones.
-void compute_stats(const Task& p, bool training, double eps, const Running& running, float* stats) {
-  const int64_t size = p.size();
-  if (!training) {
-    STD_TORCH_CHECK(running.mean && running.var, "batch_norm (native CPU): no running statistics to use");
-    for (int64_t c = 0; c < p.features; ++c) {
-      stats[c] = fp32(*running.mean)[c];
-      stats[size + c] = 0;
-      stats[2 * size + c] = static_cast<float>(1 / std::sqrt(fp32(*running.var)[c] + eps));
-    }
-    return;
-  }
-  const Scratch scratch(2 * p.sums_size() * static_cast<int64_t>(sizeof(double)));
-  double *const mean = static_cast<double*>(scratch.get()), *const m2 = mean + p.sums_size();
-  moments(p, mean, m2);
+float inverse_deviation(double var, double eps) { return static_cast<float>(1 / std::sqrt(var + eps)); }
+
+// The mean of a split's channels, what its rounding left out, and of the biased variance what `of_variance` is, into
+// (3, S, C).
+template <class F>
+void write_stats(const Task& p, const double* mean, const double* m2, int64_t split, int64_t first, int64_t channels,
+                 float* stats, const F& of_variance) {
+  const int64_t plane = p.splits * p.features;
   const double n = static_cast<double>(std::max<int64_t>(p.count, 1));
-  for (int64_t k = 0; k < size; ++k) {
-    stats[k] = static_cast<float>(mean[k]);
-    stats[size + k] = remainder(mean[k]);
-    stats[2 * size + k] = static_cast<float>(1 / std::sqrt(m2[k] / n + eps));
+  for (int64_t c = first; c < std::min(first + channels, p.features); ++c) {
+    const int64_t from = split * p.channels + c, to = split * p.features + c;
+    stats[to] = static_cast<float>(mean[from]);
+    stats[plane + to] = remainder(mean[from]);
+    stats[2 * plane + to] = of_variance(m2[from] / n);
   }
-  update_running(p, mean, m2, running);
 }
 
 // The arrays over channels that u needs, 3 or, with room for the backward's two, 5.
 struct Arrays {
-  Arrays(Task& p, const Tensor& stats, const Optional& weight, const Optional& bias, int arrays)
-      : stride(p.per.stride), buffer(arrays * p.splits * stride + 2 * stride) {
-    STD_TORCH_CHECK(stats.is_cpu() && stats.scalar_type() == ScalarType::Float && stats.is_contiguous() &&
-                        stats.numel() == 3 * p.size(),
-                    "batch_norm (native CPU): stats must be contiguous float32 of shape (3, S, C) on the CPU");
-    std::fill(buffer.get(), buffer.get() + arrays * p.splits * stride + 2 * stride, 0.0f);
-    float *const w = buffer.get() + arrays * p.splits * stride, *const b = w + stride;
+  Arrays(Task& p, const Optional& weight, const Optional& bias, int arrays)
+      : stride(p.per.stride), buffer((arrays * p.splits + 2) * stride), w(buffer.get() + arrays * p.splits * stride),
+        b(w + stride) {
+    std::fill(buffer.get(), b + stride, 0.0f);
     copy_channels(weight, p.features, 1, "weight", w);
     copy_channels(bias, p.features, 0, "bias", b);
-    const float *mean = fp32(stats), *low = mean + p.size(), *invstd = low + p.size();
-    for (int64_t s = 0; s < p.splits; ++s)
-      for (int64_t k = 0; k < p.channels; ++k) {
-        const int64_t c = k % p.features, from = s * p.features + c, to = s * stride + k;
-        const float scale = w[c] * invstd[from];
-        array(p, 0)[to] = mean[from];
-        array(p, 1)[to] = scale;
-        array(p, 2)[to] = static_cast<float>(b[c] - static_cast<double>(low[from]) * scale);
-      }
     p.per.mean = array(p, 0);
     p.per.scale = array(p, 1);
     p.per.shift = array(p, 2);
@@ -332,25 +346,67 @@ struct Arrays {
   }
   float* array(const Task& p, int k) const { return buffer.get() + k * p.splits * stride; }
 
+  // What follows from the statistics of a split's channels.
+  void set(const Task& p, const float* stats, int64_t split, int64_t first, int64_t channels) const {
+    const float *mean = stats + split * p.features, *low = mean + p.splits * p.features;
+    const float* invstd = low + p.splits * p.features;
+    for (int64_t k = first; k < first + channels; ++k) {
+      const int64_t c = k % p.features, to = split * stride + k;
+      const float scale = w[c] * invstd[c];
+      array(p, 0)[to] = mean[c];
+      array(p, 1)[to] = scale;
+      array(p, 2)[to] = static_cast<float>(b[c] - static_cast<double>(low[c]) * scale);
+    }
+  }
+  void set(const Task& p, const Tensor& stats) const {
+    STD_TORCH_CHECK(stats.is_cpu() && stats.scalar_type() == ScalarType::Float && stats.is_contiguous() &&
+                        stats.numel() == 3 * p.splits * p.features,
+                    "batch_norm (native CPU): stats must be contiguous float32 of shape (3, S, C) on the CPU");
+    for (int64_t s = 0; s < p.splits; ++s) set(p, fp32(stats), s, 0, p.channels);
+  }
+
   int64_t stride;
   Buffer<float> buffer;
+  float *w, *b;
 };
+
+void moments_of(const Task& p, const Block& b, double* mean, double* m2, float* work) {
+  kernels().moments(p, b, {mean, m2}, work);
+}
 
 // y into `out`, and the statistics unless they were given.
 Tensor forward(Task& p, void* out, const Optional& residual, const Optional& weight, const Optional& bias,
                const Running& running, const Optional& given, bool training, double eps, uint8_t* new_mask) {
   check_fp32(running.mean, p.features, "running_mean");
   check_fp32(running.var, p.features, "running_var");
-  Tensor stats = given ? empty({0}) : empty({3, p.splits, p.features});
-  if (!given) compute_stats(p, training, eps, running, fp32(stats));
-  const Arrays arrays(p, given ? *given : stats, weight, bias, 3);
+  const Arrays arrays(p, weight, bias, 3);
   p.residual = data(residual);
   p.y = out;
   p.new_mask = new_mask;
-  p.for_each_block([&](int64_t begin, int64_t end) {
-    for (int64_t b = end; b-- > begin;) kernels().apply(p, p.block(b));
-    if (p.stream) fence();
-  });
+  const auto apply = [&](const Block& b) { kernels().apply(p, b); };
+  Tensor stats = given ? empty({0}) : empty({3, p.splits, p.features});
+  if (training && !given) {
+    float* const found = fp32(stats);
+    const Pair sums(p);
+    p.two_sweeps(sums.first, sums.second, moments_of, [&](int64_t split, int64_t first, int64_t channels) {
+      merge_moments(p, sums.first, sums.second, split, first, channels);
+      write_stats(p, sums.first, sums.second, split, first, channels, found,
+                  [&](double var) { return inverse_deviation(var, eps); });
+      arrays.set(p, found, split, first, channels);
+    }, apply);
+    update_running(p, sums.first, sums.second, running);
+    return stats;
+  }
+  if (!given) {
+    STD_TORCH_CHECK(running.mean && running.var, "batch_norm (native CPU): no running statistics to use");
+    for (int64_t c = 0; c < p.features; ++c) {
+      fp32(stats)[c] = fp32(*running.mean)[c];
+      fp32(stats)[p.features + c] = 0;
+      fp32(stats)[2 * p.features + c] = inverse_deviation(fp32(*running.var)[c], eps);
+    }
+  }
+  arrays.set(p, given ? *given : stats);
+  p.sweep(apply);
   return stats;
 }
 
@@ -383,28 +439,30 @@ void batch_norm_inplace(Tensor x, const Optional& residual, const Optional& weig
 
 Tensor batch_norm_stats(const Tensor& x, int64_t num_splits) {
   const Task p(x, num_splits, kIdentity);
-  const int64_t size = p.size();
-  const Scratch scratch(2 * p.sums_size() * static_cast<int64_t>(sizeof(double)));
-  double *const mean = static_cast<double*>(scratch.get()), *const m2 = mean + p.sums_size();
-  moments(p, mean, m2);
+  const Pair sums(p);
+  p.sum_blocks(sums.first, sums.second, moments_of);
   Tensor stats = empty({3, p.splits, p.features});
-  for (int64_t k = 0; k < size; ++k) {
-    fp32(stats)[k] = static_cast<float>(mean[k]);
-    fp32(stats)[size + k] = remainder(mean[k]);
-    fp32(stats)[2 * size + k] = static_cast<float>(m2[k] / static_cast<double>(std::max<int64_t>(p.count, 1)));
+  for (int64_t s = 0; s < p.splits; ++s) {
+    merge_moments(p, sums.first, sums.second, s, 0, p.channels);
+    write_stats(p, sums.first, sums.second, s, 0, p.channels, fp32(stats), [](double var) { return static_cast<float>(var); });
   }
   return stats;
 }
 
-// Sums of dz and of dz * xhat, (S, C) each.
-void compute_sums(const Task& p, const float* stats, double* dz, double* dz_xhat) {
-  p.sum_blocks(dz, dz_xhat, [&](const Block& b, double* dz_b, double* dz_x_b, float* work) {
-    kernels().sums(p, b, {dz_b, dz_x_b}, work);
-  });
-  merge_sums(p, dz);
-  merge_sums(p, dz_xhat);
-  const int64_t size = p.size();
-  for (int64_t k = 0; k < size; ++k) dz_xhat[k] = stats[2 * size + k] * (dz_xhat[k] - stats[size + k] * dz[k]);
+void sums_of(const Task& p, const Block& b, double* dz, double* dz_x, float* work) {
+  kernels().sums(p, b, {dz, dz_x}, work);
+}
+
+// The sums of dz and of dz * xhat of a split's channels, from those of the blocks.
+void finish_sums(const Task& p, const float* stats, double* dz, double* dz_xhat, int64_t split, int64_t first,
+                 int64_t channels) {
+  merge_sums(p, dz, split, first, channels);
+  merge_sums(p, dz_xhat, split, first, channels);
+  const float *low = stats + (p.splits + split) * p.features, *invstd = low + p.splits * p.features;
+  for (int64_t c = first; c < std::min(first + channels, p.features); ++c) {
+    const int64_t k = split * p.channels + c;
+    dz_xhat[k] = invstd[c] * (dz_xhat[k] - low[c] * dz[k]);
+  }
 }
 
 // The problem of a backward.
@@ -423,15 +481,17 @@ Task backward_task(const Tensor& dy, const Tensor& x, const Optional& residual, 
 Tensor batch_norm_sums(const Tensor& dy, const Tensor& x, const Optional& residual, const Optional& mask,
                        const Optional& weight, const Optional& bias, const Tensor& stats, int64_t activation) {
   Task p = backward_task(dy, x, residual, mask, stats, activation);
-  const Arrays arrays(p, stats, weight, bias, 3);
-  const int64_t size = p.size();
-  const Scratch scratch(2 * p.sums_size() * static_cast<int64_t>(sizeof(double)));
-  double *const dz = static_cast<double*>(scratch.get()), *const dz_xhat = dz + p.sums_size();
-  compute_sums(p, fp32(stats), dz, dz_xhat);
+  const Arrays arrays(p, weight, bias, 3);
+  arrays.set(p, stats);
+  const Pair sums(p);
+  p.sum_blocks(sums.first, sums.second, sums_of);
   Tensor out = empty({2, p.splits, p.features});
-  for (int64_t k = 0; k < size; ++k) {
-    fp32(out)[k] = static_cast<float>(dz[k]);
-    fp32(out)[size + k] = static_cast<float>(dz_xhat[k]);
+  for (int64_t s = 0; s < p.splits; ++s) {
+    finish_sums(p, fp32(stats), sums.first, sums.second, s, 0, p.channels);
+    for (int64_t c = 0; c < p.features; ++c) {
+      fp32(out)[s * p.features + c] = static_cast<float>(sums.first[s * p.channels + c]);
+      fp32(out)[(p.splits + s) * p.features + c] = static_cast<float>(sums.second[s * p.channels + c]);
+    }
   }
   return out;
 }
@@ -442,53 +502,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& dy, cons
                                                           const Optional& means, bool training, int64_t activation,
                                                           bool need_dx, bool need_dresidual) {
   Task p = backward_task(dy, x, residual, mask, stats, activation);
-  const Arrays arrays(p, stats, weight, bias, 5);
-  const int64_t size = p.size();
-  check_fp32(means, 2 * size, "means");
-  const Scratch scratch(2 * p.sums_size() * static_cast<int64_t>(sizeof(double)));
-  double *const dz = static_cast<double*>(scratch.get()), *const dz_xhat = dz + p.sums_size();
-  Tensor dweight = empty({means ? 0 : p.features}), dbias = empty({means ? 0 : p.features});
-  if (means) {
-    for (int64_t k = 0; k < size; ++k) {
-      dz[k] = fp32(*means)[k];
-      dz_xhat[k] = fp32(*means)[size + k];
-    }
-  } else {
-    compute_sums(p, fp32(stats), dz, dz_xhat);
-    const double n = static_cast<double>(std::max<int64_t>(p.count, 1));
-    for (int64_t c = 0; c < p.features; ++c) {
-      double sum = 0, sum_xhat = 0;
-      for (int64_t k = c; k < size; k += p.features) {
-        sum += dz[k];
-        sum_xhat += dz_xhat[k];
-        dz[k] /= n;
-        dz_xhat[k] /= n;
-      }
-      fp32(dbias)[c] = static_cast<float>(sum);
-      fp32(dweight)[c] = static_cast<float>(sum_xhat);
-    }
-  }
+  const Arrays arrays(p, weight, bias, 5);
+  arrays.set(p, stats);
+  check_fp32(means, 2 * p.splits * p.features, "means");
   Tensor dx = need_dx ? output_like(x) : empty({0}), dresidual = need_dresidual ? output_like(x) : empty({0});
-  if (!need_dx && !need_dresidual) return {std::move(dx), std::move(dresidual), std::move(dweight), std::move(dbias)};
   float *const slope = arrays.array(p, 3), *const offset = arrays.array(p, 4);
-  const float *low = fp32(stats) + size, *invstd = low + size;
-  for (int64_t s = 0; training && s < p.splits; ++s)
-    for (int64_t k = 0; k < p.channels; ++k) {
-      const int64_t from = s * p.features + k % p.features, to = s * p.per.stride + k;
-      const double scale = p.per.scale[to], along = scale * invstd[from] * dz_xhat[from];
-      slope[to] = static_cast<float>(-along);
-      offset[to] = static_cast<float>(along * low[from] - scale * dz[from]);
-    }
   p.batch = training;
   p.per.slope = slope;
   p.per.offset = offset;
   p.dx = need_dx ? dx.data_ptr() : nullptr;
   p.dresidual = need_dresidual ? dresidual.data_ptr() : nullptr;
   p.choose_stream({p.dx, p.dresidual});
-  p.for_each_block([&](int64_t begin, int64_t end) {
-    for (int64_t b = end; b-- > begin;) kernels().backward(p, p.block(b));
-    if (p.stream) fence();
-  });
+  const auto backward = [&](const Block& b) {
+    if (need_dx || need_dresidual) kernels().backward(p, b);
+  };
+  // From the means of dz and of dz * xhat of a channel.
+  const auto set_slopes = [&](int64_t split, int64_t c, double mean_dz, double mean_dz_xhat) {
+    const float *low = fp32(stats) + (p.splits + split) * p.features + c, *invstd = low + p.splits * p.features;
+    for (int64_t k = split * p.per.stride + c; training && k < split * p.per.stride + p.channels; k += p.features) {
+      const double scale = p.per.scale[k], along = scale * *invstd * mean_dz_xhat;
+      slope[k] = static_cast<float>(-along);
+      offset[k] = static_cast<float>(along * *low - scale * mean_dz);
+    }
+  };
+  if (means) {
+    const float *const dz = fp32(*means), *const dz_xhat = dz + p.splits * p.features;
+    for (int64_t s = 0; s < p.splits; ++s)
+      for (int64_t c = 0; c < p.features; ++c)
+        set_slopes(s, c, dz[s * p.features + c], dz_xhat[s * p.features + c]);
+    p.sweep(backward);
+    return {std::move(dx), std::move(dresidual), empty({0}), empty({0})};
+  }
+  const Pair sums(p);
+  const double n = static_cast<double>(std::max<int64_t>(p.count, 1));
+  p.two_sweeps(sums.first, sums.second, sums_of, [&](int64_t split, int64_t first, int64_t channels) {
+    finish_sums(p, fp32(stats), sums.first, sums.second, split, first, channels);
+    for (int64_t c = first; c < std::min(first + channels, p.features); ++c)
+      set_slopes(split, c, sums.first[split * p.channels + c] / n, sums.second[split * p.channels + c] / n);
+  }, backward);
+  Tensor dweight = empty({p.features}), dbias = empty({p.features});
+  for (int64_t c = 0; c < p.features; ++c) {
+    double dz = 0, dz_xhat = 0;
+    for (int64_t s = 0; s < p.splits; ++s) {
+      dz += sums.first[s * p.channels + c];
+      dz_xhat += sums.second[s * p.channels + c];
+    }
+    fp32(dbias)[c] = static_cast<float>(dz);
+    fp32(dweight)[c] = static_cast<float>(dz_xhat);
+  }
   return {std::move(dx), std::move(dresidual), std::move(dweight), std::move(dbias)};
 }
 

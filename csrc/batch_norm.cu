@@ -1,7 +1,7 @@
 // Batch norm on CUDA: the launches of csrc/batch_norm_cuda.h, and which of them a tensor gets.
 //
-// Bytes, A being those of x: where x fits into the shared memory of the chip, 2 A forward (x, y) and 3 A backward (dy, x,
-// dx); else 3 A and 5 A, less what the L2 cache still holds when the second launch starts. A residual adds A each way, a mask
+// Bytes, A being those of x: where x fits into the shared memory of the chip, or a block of threads has all of its channels'
+// numbers (an instance norm), 2 A forward (x, y) and 3 A backward (dy, x, dx); else 3 A and 5 A, less what the L2 cache still holds when the second launch starts. A residual adds A each way, a mask
 // A / 16 in 16 bits. Not yet measured.
 #include <torch/headeronly/macros/Macros.h>
 
@@ -60,6 +60,10 @@ template <class Place>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ Backward p, int phases) {
   backward<Place>(p, phases);
 }
+
+// Whether something takes the partials of all splits.
+bool merges_splits(const Forward& p) { return p.running_mean || p.running_var; }
+bool merges_splits(const Backward& p) { return p.dweight; }
 
 template <class Place>
 auto kernel_for(const Forward&) {
@@ -198,10 +202,20 @@ struct Call {
                                                    bytes, stream));
         return;
       }
-      const auto launch = [&](int blocks, int phases) {
-        kernel<<<blocks, kThreads, Place::kFixedBytes, stream>>>(p, phases);
+      const auto launch = [&](int blocks, int phases, int bytes = Place::kFixedBytes) {
+        kernel<<<blocks, kThreads, bytes, stream>>>(p, phases);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       };
+      if (reduces && writes_like_x && p.cut.parts == 1) {
+        // Kept while two blocks a multiprocessor have the room; else read again, from the caches at the best.
+        const int64_t all = Place::resident_bytes(p.cut, kept);
+        const bool keep = 2 * all <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        const int bytes = keep ? static_cast<int>(all) : Place::kFixedBytes;
+        STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+        launch(p.cut.grid(), kReduce | kWrite | kAlone | (keep ? kKept : 0), bytes);
+        if (splits > 1 && merges_splits(p)) launch(p.cut.blocks, kMerge);
+        return;
+      }
       if (reduces) launch(p.cut.grid(), kReduce);
       if (writes_like_x) {
         launch(p.cut.grid(), kWrite);

@@ -10,7 +10,9 @@
 // A kernel has two phases: it leaves a partial for each part, then merges those of its channels, in order, and writes. Two
 // launches have a phase each, the second with its parts and chunks in reverse, so that it finds in the L2 cache what the
 // first read last. Where all of x (and dy) fits into the shared memory of the chip one cooperative launch has both, and
-// reads x once.
+// reads x once. Where a block has all of its channels' numbers in a split, as of an instance norm, it needs no other: one
+// launch of any size has both, and finds in shared memory, or in a cache, what it read before. What takes the partials of
+// all splits, running statistics and the gradients for weight and bias, then has a small launch of its own.
 #pragma once
 
 #include <cmath>
@@ -23,7 +25,14 @@ constexpr unsigned kWarp = 0xffffffff;
 constexpr float kNegativeSlope = 0.01f;
 
 enum Activation { kIdentity, kRelu, kLeakyRelu, kSilu, kGelu };  // as the home page numbers them
-enum Phases { kReduce = 1, kWrite = 2, kResident = 3, kMerge = 6 };  // kMerge: kWrite, with nothing of x's size to write
+enum Phases {
+  kReduce = 1,
+  kWrite = 2,
+  kKept = 4,    // vectors stay in shared memory from one to the other
+  kAlone = 8,   // no block needs another, but for all splits' partials
+  kMerge = 16,  // of kWrite, what is not of x's size
+  kResident = kReduce | kWrite | kKept,
+};
 
 template <class T, int V>
 struct alignas(V * sizeof(T)) Pack {
@@ -258,9 +267,9 @@ struct Place {
     return gathered(scratch, kWarps);
   }
 
-  // Merges the partials of a split, which `found(part, channel)` reads; as above.
+  // Merges `parts` partials, which `found(part, channel)` reads; as above.
   template <class F>
-  __device__ auto over_parts(const Cut& cut, const F& found) const {
+  __device__ auto over_parts(const Cut& cut, int parts, const F& found) const {
     using Found = decltype(found(0, int64_t{0}));
     auto* scratch = reinterpret_cast<Found*>(dynamic_shared());
     const int thread = thread_index(), i = thread % kChannels, group = thread / kChannels;
@@ -268,7 +277,7 @@ struct Place {
     if (group < kGroups) {
       Found sum;
       if (channel(i) < cut.channels) {
-        for (int part = group; part < cut.parts; part += kGroups) sum.merge(found(part, channel(i)));
+        for (int part = group; part < parts; part += kGroups) sum.merge(found(part, channel(i)));
       }
       scratch[group * kChannels + i] = sum;
     }
@@ -397,7 +406,7 @@ __device__ void leave_moments(const Forward& p, const Place& at, bool keep) {
 
 template <class Place>
 __device__ Moments merged_moments(const Forward& p, const Place& at, int split) {
-  return at.over_parts(p.cut, [&](int part, int64_t channel) {
+  return at.over_parts(p.cut, p.cut.parts, [&](int part, int64_t channel) {
     const auto number = [&](int k) { return p.partials[Place::partial_at(p.cut, split, part, 3, k, channel)]; };
     const int64_t count = Place::counted(p.cut, part + 1) - Place::counted(p.cut, part);
     return Moments{number(0), number(1), number(2), static_cast<float>(count)};
@@ -409,14 +418,30 @@ __device__ inline float moved(float running, float value, float weight) {
   return weight < 0.5f ? running + weight * (value - running) : value - (1 - weight) * (value - running);
 }
 
+// The sums over splits of their means and unbiased variances.
+struct Running {
+  float mean = 0, var = 0;
+
+  __device__ static Running of(const Moments& m) { return {m.mean, (m.squares < 0 ? 0 : m.squares) / (m.n - 1)}; }
+  __device__ void merge(const Running& other) {
+    mean += other.mean;
+    var += other.var;
+  }
+};
+
 template <class Place>
 __device__ void update_running(const Forward& p, const Place& at) {
-  float mean = 0, var = 0;
-  for (int split = 0; split < p.cut.splits; ++split) {
-    const Moments found = merged_moments(p, at, split);
-    mean += found.mean / p.cut.splits;
-    var += found.squares / (found.n - 1) / p.cut.splits;
+  Running all;
+  if (p.cut.parts == 1) {  // of many splits, perhaps
+    const auto n = static_cast<float>(Place::counted(p.cut, 1));
+    all = at.over_parts(p.cut, p.cut.splits, [&](int split, int64_t channel) {
+      const auto number = [&](int k) { return p.partials[Place::partial_at(p.cut, split, 0, 3, k, channel)]; };
+      return Running::of({number(0), number(1), number(2), n});
+    });
+  } else {
+    for (int split = 0; split < p.cut.splits; ++split) all.merge(Running::of(merged_moments(p, at, split)));
   }
+  const float mean = all.mean / p.cut.splits, var = all.var / p.cut.splits;
   if (!at.keeps_channel(p.cut) || p.cut.units == 0) return;
   const int64_t channel = at.channel(thread_index());
   const float weight = p.by_count ? 1 / static_cast<float>(*p.num_batches_tracked) : p.momentum;
@@ -424,12 +449,13 @@ __device__ void update_running(const Forward& p, const Place& at) {
   if (p.running_var) p.running_var[channel] = moved(p.running_var[channel], var, weight);
 }
 
-// Statistics from where they come, to where they go: `stats`, the running ones, shared memory.
+// Statistics from where they come, to where they go: `stats`, shared memory, and, with `all` partials there, the running
+// ones.
 template <class Place>
-__device__ void find_statistics(const Forward& p, const Place& at) {
+__device__ void find_statistics(const Forward& p, const Place& at, bool all) {
   Moments found;
   if (p.from_batch) {
-    if (at.split + at.part == 0 && (p.running_mean || p.running_var)) update_running(p, at);
+    if (all && at.split + at.part == 0 && (p.running_mean || p.running_var)) update_running(p, at);
     found = merged_moments(p, at, at.split);
   }
   if (at.keeps_channel(p.cut)) {
@@ -496,18 +522,28 @@ __device__ void write_y(const Forward& p, const Place& at, bool kept) {
   }
 }
 
+// Between the phases of one launch.
+__device__ inline void wait(int phases) {
+  if (phases & kAlone) {
+    __syncthreads();
+  } else if (phases & kReduce && phases & kWrite) {
+    wait_for_grid();
+  }
+}
+
+// Whether the partials of all splits are there in the second phase.
+__device__ inline bool all_there(const Cut& cut, int phases) { return !(phases & kAlone) || cut.splits == 1; }
+
 template <class Place>
 __device__ void forward(const Forward& p, int phases) {
   const Place at = Place::of(p.cut, phases == kWrite);
   if (phases & kReduce) {
-    leave_moments(p, at, phases == kResident);
+    leave_moments(p, at, phases & kKept);
     if (p.num_batches_tracked && blockIdx.x == 0 && thread_index() == 0) ++*p.num_batches_tracked;
   }
-  if (phases == kResident) wait_for_grid();
-  if (phases & kWrite) {
-    find_statistics(p, at);
-    if (p.y) write_y(p, at, phases == kResident);
-  }
+  wait(phases);
+  if (phases & (kWrite | kMerge)) find_statistics(p, at, all_there(p.cut, phases));
+  if (phases & kWrite) write_y(p, at, phases & kKept);
 }
 
 // ---- backward
@@ -611,7 +647,7 @@ __device__ void leave_sums(const Backward& p, const Place& at, bool keep) {
 
 template <class Place>
 __device__ Sums merged_sums(const Backward& p, const Place& at, int split) {
-  return at.over_parts(p.cut, [&](int part, int64_t channel) {
+  return at.over_parts(p.cut, p.cut.parts, [&](int part, int64_t channel) {
     return Sums{p.partials[Place::partial_at(p.cut, split, part, 2, 0, channel)],
                 p.partials[Place::partial_at(p.cut, split, part, 2, 1, channel)]};
   });
@@ -619,12 +655,14 @@ __device__ Sums merged_sums(const Backward& p, const Place& at, int split) {
 
 // dx = dz * scale + (x - mean) * slope + offset; slope and offset go to shared memory, sums to where they are asked for.
 template <class Place>
-__device__ void find_slopes(const Backward& p, const Place& at) {
+__device__ void find_slopes(const Backward& p, const Place& at, bool all) {
   const int64_t channel = at.channel(thread_index()), plane = p.cut.splits * p.cut.channels;
   const int64_t place = at.split * p.cut.channels + channel;
-  if (p.dweight && at.split + at.part == 0) {
-    Sums total;
-    for (int split = 0; split < p.cut.splits; ++split) total.merge(merged_sums(p, at, split));
+  if (all && p.dweight && at.split + at.part == 0) {
+    const Sums total = at.over_parts(p.cut, p.cut.splits * p.cut.parts, [&](int i, int64_t channel) {
+      const auto number = [&](int k) { return p.partials[Place::partial_at(p.cut, i, 0, 2, k, channel)]; };
+      return Sums{number(0), number(1)};
+    });
     if (at.keeps_channel(p.cut)) {
       p.dbias[channel] = total.dz;
       p.dweight[channel] = total.moment;
@@ -688,12 +726,10 @@ template <class Place>
 __device__ void backward(const Backward& p, int phases) {
   const Place at = Place::of(p.cut, phases == kWrite);
   share_affine(p, at);
-  if (phases & kReduce) leave_sums(p, at, phases == kResident);
-  if (phases == kResident) wait_for_grid();
-  if (phases & kWrite) {
-    find_slopes(p, at);
-    if (p.dx || p.dresidual) write_dx(p, at, phases == kResident);
-  }
+  if (phases & kReduce) leave_sums(p, at, phases & kKept);
+  wait(phases);
+  if (phases & (kWrite | kMerge)) find_slopes(p, at, all_there(p.cut, phases));
+  if (phases & kWrite) write_dx(p, at, phases & kKept);
 }
 
 }  // namespace ssl_fast::batch_norm

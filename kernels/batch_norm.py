@@ -1,4 +1,5 @@
 """Batch norm in Triton: two launches forward, two backward, in both memory formats; no atomics, nothing to zero first.
+Where a program has all of its channels' numbers in a split, as of an instance norm, one launch sweeps twice.
 
 Memory is rows of WIDTH numbers: of channels (channels_last, or (N, C)), or planes, one row for each image and channel.
 A unit is a piece of a row, BLOCK_K numbers at most: with channels innermost a program owns one piece of every row, and
@@ -123,21 +124,16 @@ def _load_partials(ptr, index, p0, split, channel, S, P, C, COUNT: tl.constexpr)
 # ---- mean and variance
 
 
-@triton.jit(do_not_specialize=["UNITS", "S", "T", "C", "KT", "W"])
-def _moments_kernel(
-    x_ptr, partial_ptr, num_batches_tracked_ptr,  # dense; (P, S, 3, C); ()
-    UNITS, S, T, C, KT, W,
-    VECTOR: tl.constexpr, INNERMOST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def _moments_of_part(
+    x_ptr, block, split, first, last, UNITS, C, KT, WIDTH,
+    INNERMOST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Mean, what its rounding left out, and the squared deviations, of a part.
+    """Mean, what its rounding left out, squared deviations, and count of the tiles from first to before last.
 
     Sums of x - pivot and of its square, which are exact to a rounding each where the pivot is near. It is the mean of
     the first tile, and then moves to the mean of all that was seen, so that no drift of x gets the better of it.
     """
-    WIDTH = W * VECTOR
-    block, channel, split, part, first, last = _place(
-        tl.program_id(0), UNITS, S, T, C, INNERMOST, BLOCK_R, BLOCK_K
-    )  # fmt: skip
     start = _counted(first, UNITS, KT, WIDTH, INNERMOST, BLOCK_R, BLOCK_K)
     row, column, inside = _tile(first, block, split, UNITS, C, KT, INNERMOST, BLOCK_R, BLOCK_K)
     column = column + tl.arange(0, BLOCK_K)[None, :]
@@ -166,6 +162,22 @@ def _moments_kernel(
         low = (mean - moved) + shift
         mean = moved
         seen = count
+    return mean, low, squares, seen
+
+
+@triton.jit(do_not_specialize=["UNITS", "S", "T", "C", "KT", "W"])
+def _moments_kernel(
+    x_ptr, partial_ptr, num_batches_tracked_ptr,  # dense; (P, S, 3, C); ()
+    UNITS, S, T, C, KT, W,
+    VECTOR: tl.constexpr, INNERMOST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    WIDTH = W * VECTOR
+    block, channel, split, part, first, last = _place(
+        tl.program_id(0), UNITS, S, T, C, INNERMOST, BLOCK_R, BLOCK_K
+    )  # fmt: skip
+    mean, low, squares, _ = _moments_of_part(
+        x_ptr, block, split, first, last, UNITS, C, KT, WIDTH, INNERMOST, BLOCK_R, BLOCK_K
+    )
     at = partial_ptr + (split + S * part).to(tl.int64) * 3 * C + channel
     tl.store(at, mean, channel < C)
     tl.store(at + C, low, channel < C)
@@ -262,12 +274,19 @@ def _update_running(
 ):  # fmt: skip
     mean = tl.zeros(channel.shape, tl.float32)
     var = tl.zeros(channel.shape, tl.float32)
-    for split in range(S):
-        of_split, _, squares, count = _merged_moments(
-            partial_ptr, split, channel, UNITS, S, P, T, C, KT, WIDTH, INNERMOST, BLOCK_R, BLOCK_K
-        )
-        mean += of_split / S
-        var += squares / (count - 1) / S
+    if P == 1:  # many splits, as of an instance norm, with a part each
+        count = _counted(T, UNITS, KT, WIDTH, INNERMOST, BLOCK_R, BLOCK_K).to(tl.float32)
+        for s0 in range(0, S, BLOCK_P):
+            squares = _load_partials(partial_ptr, 2, s0, 0, channel, 1, S, C, 3)
+            mean += tl.sum(_load_partials(partial_ptr, 0, s0, 0, channel, 1, S, C, 3) / S, 0, keep_dims=True)
+            var += tl.sum(tl.where(squares < 0, 0.0, squares) / (count - 1) / S, 0, keep_dims=True)
+    else:
+        for split in range(S):
+            of_split, _, squares, count = _merged_moments(
+                partial_ptr, split, channel, UNITS, S, P, T, C, KT, WIDTH, INNERMOST, BLOCK_R, BLOCK_K
+            )
+            mean += of_split / S
+            var += squares / (count - 1) / S
     weight = 1 / tl.load(num_batches_tracked_ptr).to(tl.float32) if momentum is None else momentum
     if running_mean_ptr is not None:
         old = tl.load(running_mean_ptr + channel, channel < C, other=0.0)
@@ -280,11 +299,11 @@ def _update_running(
 @triton.jit(do_not_specialize=["momentum", "eps", "UNITS", "S", "P", "T", "C", "KT", "W"])
 def _normalise_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,  # dense, twice; (C,), twice
-    partial_ptr, given_ptr,  # (P, S, 3, C) as _moments_kernel left it, or (3, S, C), or neither
+    partial_ptr, given_ptr,  # (P, S, 3, C) as _moments_kernel left it, or (3, S, C), or, WHOLE among others, neither
     running_mean_ptr, running_var_ptr, num_batches_tracked_ptr,  # (C,), (C,), ()
     y_ptr, stats_ptr, mask_ptr,  # dense, may be x; (3, S, C); by rows of memory
     momentum, eps, UNITS, S, P, T, C, KT, W,
-    VECTOR: tl.constexpr, ACTIVATION: tl.constexpr,
+    WHOLE: tl.constexpr, VECTOR: tl.constexpr, ACTIVATION: tl.constexpr,
     INNERMOST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     WIDTH = W * VECTOR
@@ -294,7 +313,12 @@ def _normalise_kernel(
     if given_ptr is not None:
         mean, low, invstd = _load_stats(given_ptr, split, channel, S, C)
     else:
-        if partial_ptr is not None:
+        if WHOLE:
+            mean, low, squares, count = _moments_of_part(
+                x_ptr, block, split, first, last, UNITS, C, KT, WIDTH, INNERMOST, BLOCK_R, BLOCK_K
+            )
+            var = tl.where(squares < 0, 0.0, squares) / count
+        elif partial_ptr is not None:
             mean, low, squares, count = _merged_moments(
                 partial_ptr, split, channel, UNITS, S, P, T, C, KT, WIDTH, INNERMOST, BLOCK_R, BLOCK_K
             )
@@ -369,21 +393,13 @@ def _gradient(
     return dz
 
 
-@triton.jit(do_not_specialize=["UNITS", "S", "T", "C", "KT", "W"])
-def _sums_kernel(
-    dy_ptr, x_ptr, residual_ptr, mask_ptr, weight_ptr, bias_ptr, stats_ptr,  # as in _gradients_kernel
-    partial_ptr,  # (P, S, 2, C)
-    UNITS, S, T, C, KT, W,
-    VECTOR: tl.constexpr, ACTIVATION: tl.constexpr,
+@triton.jit
+def _sums_of_part(
+    dy_ptr, x_ptr, residual_ptr, mask_ptr, partial_ptr, mean, low, invstd, scale, shift,
+    block, channel, split, part, first, last, UNITS, S, C, KT, WIDTH, ACTIVATION: tl.constexpr,
     INNERMOST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the gradient for u, and of it times (x - mean) / std, of a part."""
-    WIDTH = W * VECTOR
-    block, channel, split, part, first, last = _place(
-        tl.program_id(0), UNITS, S, T, C, INNERMOST, BLOCK_R, BLOCK_K
-    )  # fmt: skip
-    mean, low, invstd = _load_stats(stats_ptr, split, channel, S, C)
-    scale, shift = _scale_and_shift(weight_ptr, bias_ptr, low, invstd, channel, C)
+    """Sums of the gradient for u, and of it times (x - mean) / std, also left in (P, S, 2, C)."""
     sums = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     moments = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for tile in range(first, last):
@@ -398,10 +414,32 @@ def _sums_kernel(
         )  # fmt: skip
         dz = tl.where(live, dz, 0.0)
         sums += dz
-        moments += dz * (centred - low)
+        moments += dz * centred
     at = partial_ptr + (split + S * part).to(tl.int64) * 2 * C + channel
-    tl.store(at, _sum(sums, INNERMOST), channel < C)
-    tl.store(at + C, _sum(moments, INNERMOST) * invstd, channel < C)
+    all_dz = _sum(sums, INNERMOST)
+    all_moments = (_sum(moments, INNERMOST) - low * all_dz) * invstd
+    tl.store(at, all_dz, channel < C)
+    tl.store(at + C, all_moments, channel < C)
+    return all_dz, all_moments
+
+
+@triton.jit(do_not_specialize=["UNITS", "S", "T", "C", "KT", "W"])
+def _sums_kernel(
+    dy_ptr, x_ptr, residual_ptr, mask_ptr, weight_ptr, bias_ptr, stats_ptr,  # as in _gradients_kernel
+    partial_ptr,  # (P, S, 2, C)
+    UNITS, S, T, C, KT, W,
+    VECTOR: tl.constexpr, ACTIVATION: tl.constexpr,
+    INNERMOST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    block, channel, split, part, first, last = _place(
+        tl.program_id(0), UNITS, S, T, C, INNERMOST, BLOCK_R, BLOCK_K
+    )  # fmt: skip
+    mean, low, invstd = _load_stats(stats_ptr, split, channel, S, C)
+    scale, shift = _scale_and_shift(weight_ptr, bias_ptr, low, invstd, channel, C)
+    _sums_of_part(
+        dy_ptr, x_ptr, residual_ptr, mask_ptr, partial_ptr, mean, low, invstd, scale, shift,
+        block, channel, split, part, first, last, UNITS, S, C, KT, W * VECTOR, ACTIVATION, INNERMOST, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -417,10 +455,10 @@ def _merged_sums(partial_ptr, split, channel, S, P, C):
 @triton.jit(do_not_specialize=["UNITS", "S", "P", "T", "C", "KT", "W"])
 def _gradients_kernel(
     dy_ptr, x_ptr, residual_ptr, mask_ptr, weight_ptr, bias_ptr, stats_ptr,  # the first three dense; (3, S, C)
-    partial_ptr, means_ptr,  # (P, S, 2, C) as _sums_kernel left it, or (2, S, C)
+    partial_ptr, means_ptr,  # (P, S, 2, C) as _sums_kernel left it (WHOLE: for another launch), or (2, S, C)
     dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
     UNITS, S, P, T, C, KT, W,
-    TRAINING: tl.constexpr, VECTOR: tl.constexpr, ACTIVATION: tl.constexpr,
+    WHOLE: tl.constexpr, TRAINING: tl.constexpr, VECTOR: tl.constexpr, ACTIVATION: tl.constexpr,
     INNERMOST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     WIDTH = W * VECTOR
@@ -428,17 +466,18 @@ def _gradients_kernel(
         tl.num_programs(0) - 1 - tl.program_id(0), UNITS, S, T, C, INNERMOST, BLOCK_R, BLOCK_K
     )
     if dweight_ptr is not None and split + part == 0:
-        dbias = tl.zeros(channel.shape, tl.float32)
-        dweight = tl.zeros(channel.shape, tl.float32)
-        for other in range(S):
-            sums, moments = _merged_sums(partial_ptr, other, channel, S, P, C)
-            dbias += sums
-            dweight += moments
+        dbias, dweight = _merged_sums(partial_ptr, 0, channel, 1, S * P, C)  # the parts of all splits
         tl.store(dbias_ptr + channel, dbias, channel < C)
         tl.store(dweight_ptr + channel, dweight, channel < C)
     if dx_ptr is not None or dresidual_ptr is not None:
         mean, low, invstd = _load_stats(stats_ptr, split, channel, S, C)
         scale, shift = _scale_and_shift(weight_ptr, bias_ptr, low, invstd, channel, C)
+        if WHOLE:
+            mean_dz, slope = _sums_of_part(
+                dy_ptr, x_ptr, residual_ptr, mask_ptr, partial_ptr, mean, low, invstd, scale, shift,
+                block, channel, split, part, first, last, UNITS, S, C, KT, WIDTH, ACTIVATION,
+                INNERMOST, BLOCK_R, BLOCK_K,
+            )  # fmt: skip
         if TRAINING:
             if means_ptr is not None:
                 means = means_ptr + tl.cast(split, tl.int64) * C + channel
@@ -446,10 +485,12 @@ def _gradients_kernel(
                 slope = tl.load(means + S.to(tl.int64) * C, channel < C, other=0.0)
             else:
                 count = _counted(P * T, UNITS, KT, WIDTH, INNERMOST, BLOCK_R, BLOCK_K).to(tl.float32)
-                mean_dz, slope = _merged_sums(partial_ptr, split, channel, S, P, C)
+                if not WHOLE:
+                    mean_dz, slope = _merged_sums(partial_ptr, split, channel, S, P, C)
                 mean_dz /= count
                 slope /= count
             slope *= invstd
+            mean_dz -= low * slope
         for back in range(first, last):
             row, start, inside = _tile(
                 first + last - 1 - back, block, split, UNITS, C, KT, INNERMOST, BLOCK_R, BLOCK_K
@@ -466,7 +507,7 @@ def _gradients_kernel(
                 tl.store(dresidual_ptr + at, rounded(dz, dresidual_ptr.dtype.element_ty), live)
             if dx_ptr is not None:
                 if TRAINING:
-                    dz -= mean_dz + (centred - low) * slope
+                    dz -= mean_dz + centred * slope
                 tl.store(dx_ptr + at, rounded(dz * scale, dx_ptr.dtype.element_ty), live)
 
 
@@ -502,7 +543,7 @@ class _Launch:
             self.per_part = max(1, triton.cdiv(tiles, most))
             self.parts = max(1, triton.cdiv(tiles, self.per_part))
             self.units, self.pieces = units, pieces
-            self.grid, self.merging = (blocks * splits * self.parts,), (blocks * splits,)
+            self.grid, self.merging, self.blocks = (blocks * splits * self.parts,), (blocks * splits,), (blocks,)
             self.constants = {"INNERMOST": innermost, "BLOCK_R": block_r, "BLOCK_K": block_k,
                               "num_warps": config.num_warps}  # fmt: skip
 
@@ -573,14 +614,16 @@ def _forward(
         splits = stats.shape[1] if stats is not None else num_splits if training else 1
     weight, bias, stats, mean, var = _compact(weight, bias, stats, running_mean, running_var)
     launch = _Launch(x, splits, "batch_norm_fwd", lambda cut: _moments(cut, x, None))
-    partials = _moments(launch, x, num_batches_tracked) if training else None
+    # A program that has all of a channel in its split sweeps twice at once, over what the cache then holds.
+    whole = training and launch.parts == 1 and mean is None and var is None and num_batches_tracked is None
+    partials = _moments(launch, x, num_batches_tracked) if training and not whole else None
     own = x.new_empty((3, splits, C) if stats is None else (0,), dtype=torch.float32)
     by_count = momentum is None and training and not (mean is None and var is None)
     _normalise_kernel[launch.grid](
         x, residual, weight, bias, partials, stats,
         None if stats is not None else mean, None if stats is not None else var,
         num_batches_tracked if by_count else None, y, own if stats is None else None, mask,
-        None if by_count else float(momentum or 0), float(eps), P=launch.parts, ACTIVATION=activation,
+        None if by_count else float(momentum or 0), float(eps), P=launch.parts, WHOLE=whole, ACTIVATION=activation,
         **launch.sizes, **launch.row, **launch.constants,
     )  # fmt: skip
     if training:
@@ -667,12 +710,21 @@ def batch_norm_bwd(
     dx, dresidual = (torch.empty_like(x) if needed else None for needed in (need_dx, need_dresidual))
     dweight, dbias = (stats.new_empty(x.shape[1]) if means is None else None for _ in range(2))
     elementwise = need_dx or need_dresidual
-    if elementwise or means is None:
-        _gradients_kernel[launch.grid if elementwise else launch.merging](
-            *operands, _sums(launch, operands, activation) if means is None else None, *_compact(means),
-            dx, dresidual, dweight, dbias, P=launch.parts, TRAINING=training, ACTIVATION=activation,
-            **launch.sizes, **launch.row, **launch.constants,
+
+    def run(grid: tuple[int], partials: Tensor | None, *outputs: Tensor | None, whole: bool = False) -> None:
+        _gradients_kernel[grid](
+            *operands, partials, *_compact(means), *outputs, P=launch.parts, WHOLE=whole, TRAINING=training,
+            ACTIVATION=activation, **launch.sizes, **launch.row, **launch.constants,
+            maxnreg=128 if whole else None,  # two programs a multiprocessor; ptxas would spill for a third
         )  # fmt: skip
+
+    if elementwise and means is None and launch.parts == 1:  # as in the forward; then sums over the splits
+        partials = stats.new_empty(1, launch.splits, 2, launch.C)
+        run(launch.grid, partials, dx, dresidual, None, None, whole=True)
+        run(launch.blocks, partials, None, None, dweight, dbias)
+    elif elementwise or means is None:
+        partials = _sums(launch, operands, activation) if means is None else None
+        run(launch.grid if elementwise else launch.blocks, partials, dx, dresidual, dweight, dbias)
     return (
         *(x.new_empty(0) if t is None else t for t in (dx, dresidual)),
         *(stats.new_empty(0) if t is None else t for t in (dweight, dbias)),

@@ -24,7 +24,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from ssl_fast.ops.batch_norm import NEGATIVE_SLOPE, BatchNorm1d, BatchNorm2d, BatchNorm3d, _Fused
+from ssl_fast.ops.batch_norm import NEGATIVE_SLOPE, BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedNorm, _Fused
+from ssl_fast.ops.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from ssl_fast.sync_batch_norm import SyncBatchNorm
 
 # What is swapped, by exact type: a subclass may do more than its base.
@@ -33,9 +34,12 @@ SWAPS: dict[type, type] = {
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
     nn.SyncBatchNorm: SyncBatchNorm,
+    nn.InstanceNorm1d: InstanceNorm1d,
+    nn.InstanceNorm2d: InstanceNorm2d,
+    nn.InstanceNorm3d: InstanceNorm3d,
 }
 OURS = tuple(SWAPS.values())
-NORMS = nn.modules.batchnorm._BatchNorm  # what a report speaks of
+NORMS = nn.modules.batchnorm._NormBase  # what a report speaks of
 
 # ---- one place where a norm is called
 
@@ -583,7 +587,7 @@ def _survey(model: nn.Module) -> tuple[list[Site], set[nn.Module]]:
 
 @dataclass(repr=False)
 class Report:
-    """What `accelerate` did: of each batch norm, by name, what it is fused with, or why with nothing.
+    """What `accelerate` did: of each batch or instance norm, by name, what it is fused with, or why with nothing.
 
     Attributes:
         model: what to use from here on: the model given, or, where torch.fx had to rebuild its forward, a copy of it
@@ -625,13 +629,13 @@ class Report:
 
 
 def accelerate(model: nn.Module, *, fuse: bool = True, trace: bool = True) -> Report:
-    """Put ssl_fast's batch norms in the place of torch's in a built model, and fuse what follows them.
+    """Put ssl_fast's batch and instance norms in the place of torch's in a built model, and fuse what follows them.
 
     In place: a norm of torch.nn becomes that of ssl_fast.nn by its class, so that parameters, buffers, names, hooks,
-    the state dict and what optimisers refer to stay as they are. BN -> activation and BN -> add -> activation become
-    one operator (ReLU, LeakyReLU(0.01), SiLU, GELU) in the blocks and stems of torchvision's and timm's ResNets, in
-    timm's BatchNormAct2d and in every nn.Sequential. Where a forward of your own calls the norm, torch.fx looks for
-    the same: `report.model` is then a copy that shares all modules and has the rebuilt forward, which keeps the
+    the state dict and what optimisers refer to stay as they are. norm -> activation and norm -> add -> activation
+    become one operator (ReLU, LeakyReLU(0.01), SiLU, GELU) in the blocks and stems of torchvision's and timm's
+    ResNets, in timm's BatchNormAct2d and in every nn.Sequential. Where a forward of your own calls the norm, torch.fx
+    looks for the same: `report.model` is then a copy that shares all modules and has the rebuilt forward, which keeps the
     control flow it has now; where torch.fx cannot trace, the norms are swapped alone, and the report says why.
 
     The result is that of the unchanged model, within rounding, hooks included: a norm or activation that has hooks is
@@ -711,7 +715,7 @@ def _accelerate(model: nn.Module, fuse: bool, trace: bool, changed: list[nn.Modu
                 for site in _sites(report.model):
                     fused.setdefault(site.norm, f"{site.what()}, in report.model")
     for norm, name in norms.items():
-        if not isinstance(norm, _Fused):
+        if not isinstance(norm, FusedNorm):
             report.left[name] = _left(norm)
         elif norm in fused:
             report.fused[name] = fused[norm]

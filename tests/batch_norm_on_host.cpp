@@ -15,6 +15,11 @@ static int run(Problem p, const Shape& shape, const int64_t* sizes, bool reduces
     const auto shared = static_cast<int>(bytes);
     return on_host::launch(blocks, kThreads, shared, [&] { kernel(p, phases); }, phases == kResident);
   };
+  if (reduces && writes_like_x && p.cut.parts == 1 && sizes[6] != 1) {
+    const int64_t bytes = sizes[6] ? Place::resident_bytes(p.cut, kept) : int64_t{Place::kFixedBytes};
+    if (!launch(p.cut.grid(), bytes, kReduce | kWrite | kAlone | (sizes[6] ? kKept : 0))) return 1;
+    return p.cut.splits > 1 && !launch(p.cut.blocks, Place::kFixedBytes, kMerge);
+  }
   if (reduces && writes_like_x && sizes[6]) {
     return !launch(p.cut.grid(), Place::resident_bytes(p.cut, kept), kResident);
   }
@@ -34,7 +39,8 @@ static int with_place(int type, bool vectors, bool inner, const F& f) {
   return type == 0 ? typed(0.0f) : type == 1 ? typed(torch::headeronly::BFloat16{}) : typed(torch::headeronly::Half{});
 }
 
-// 0 when done. type: 0 fp32, 1 bf16, 2 fp16; sizes: N, C, L, channels innermost, splits, slots, resident, vectors.
+// 0 when done. type: 0 fp32, 1 bf16, 2 fp16; sizes: N, C, L, channels innermost, splits, slots, resident (0; 1, by
+// one cooperative launch; 2, where a block needs no other), vectors.
 extern "C" int run_forward(int type, const int64_t* sizes, void** pointers, int from_batch, int by_count, int activation,
                            int variance, float momentum, float eps) {
   Forward p{};

@@ -92,27 +92,30 @@ def launch_batch_norm(module, complete):
     """What a ResNet runs in channels_last, another activation on planes, and the other sources of statistics."""
     import torch
 
-    def launch(dtype, activation, residual, momentum, last):
+    def launch(dtype, activation, residual, momentum, last, splits=1, running=True):
         x = torch.zeros(8, 64, 14, 14, dtype=dtype)
         x = x.contiguous(memory_format=torch.channels_last) if last else x
         residual = x if residual else None
         by_sign = residual is not None and activation in (1, 2)
-        options = (True, momentum, 1e-5, 2, activation, by_sign)
-        tracked = count if momentum is None else None
-        _, _, mask = module.batch_norm_fwd(x, residual, w, w, w, w, tracked, None, *options)
+        options = (True, momentum, 1e-5, splits, activation, by_sign)
+        statistics = (w, w, count if momentum is None else None) if running else (None, None, None)
+        _, stats, mask = module.batch_norm_fwd(x, residual, w, w, *statistics, None, *options)
         mask = mask if by_sign else None
         module.batch_norm_bwd(x, x, residual, mask, w, w, stats, None, True, activation, True, by_sign)
         return x
 
-    w, stats, count = torch.zeros(64), torch.zeros(3, 2, 64), torch.tensor(1)
+    w, count = torch.zeros(64), torch.tensor(1)
     x = launch(torch.bfloat16, 1, True, 0.1, True)
     launch(torch.float16, 4, False, None, False)
+    for last in (True, False):  # an instance norm
+        launch(torch.bfloat16, 1, last, 0.1, last, splits=8, running=False)
     module.batch_norm_stats(x, 2)
     module.batch_norm_(x, None, w, None, w, w, None, None, False, 0.1, 1e-5, 1, 0)
     if complete:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for activation, residual, last in itertools.product(range(5), (True, False), (True, False)):
                 launch(dtype, activation, residual, 0.1, last)
+                launch(dtype, activation, residual, 0.1, last, splits=8, running=False)
 
 
 LAUNCHES = {

@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Host:
-    """The operators, launched on so many blocks at a time; `resident`: one cooperative launch wherever there is one."""
+    """The operators, launched on so many blocks at a time; `resident` as in batch_norm_on_host.cpp."""
 
     def __init__(self, library: ctypes.CDLL, slots: int, resident: bool) -> None:
         self.library, self.slots, self.resident = library, slots, resident
@@ -96,6 +96,10 @@ CASES = [
     ((9, 3, 14, 14), False, torch.float32, "relu", True, 3, 1e4, 0.1, (9, False)),
     ((40, 3, 7, 7), False, torch.float16, "silu", True, 1, 0, 0.1, (9, True)),
     ((2, 1, 700), False, torch.float32, "silu", False, 2, 100, 0.1, (4, True)),
+    # Instance norms: one launch of blocks that need no other.
+    ((3, 5, 14, 14), False, torch.bfloat16, "relu", True, 3, 3, 0.1, (1, 2)),
+    ((17, 3, 9, 9), True, torch.float16, "leaky_relu", True, 17, 0, None, (1, 2)),
+    ((4, 2, 31, 33), False, torch.float32, None, False, 4, 1e4, 0.1, (1, False)),
 ]
 
 

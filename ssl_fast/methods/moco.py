@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_fast._distributed import gather, rank_and_world, shared_permutation
-from ssl_fast.accelerate import NORMS, SWAPS
+from ssl_fast.accelerate import SWAPS
 from ssl_fast.ops.batch_norm import _Fused
 from ssl_fast.ops.ema import EMA, _momentum
 from ssl_fast.ops.info_nce import info_nce
@@ -163,7 +163,8 @@ def _encoder_and_head(base: Callable[..., Any], dim: int, features: int | None) 
 
 def _split_norms(encoder: nn.Module, splits: int) -> None:
     """Give each of so many parts of a batch statistics of its own: torch's norms become ours, in place."""
-    norms: list[tuple[str, Any]] = [(n, module) for n, module in encoder.named_modules() if isinstance(module, NORMS)]
+    kind = nn.modules.batchnorm._BatchNorm
+    norms: list[tuple[str, Any]] = [(n, module) for n, module in encoder.named_modules() if isinstance(module, kind)]
     for name, norm in norms:
         if type(norm) not in SWAPS and not isinstance(norm, _Fused) or isinstance(norm, nn.SyncBatchNorm):
             raise ValueError(

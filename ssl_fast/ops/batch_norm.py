@@ -554,8 +554,7 @@ def _check(
             )
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: got {tensor.dtype}, allowed: a floating-point dtype, best float32")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, allowed: {', '.join(map(repr, ACTIVATIONS))}")
+    check_activation(activation)
     if residual is not None and (residual.shape != x.shape or residual.device != x.device):
         raise ValueError(
             f"residual: got shape {tuple(residual.shape)} on {residual.device}, allowed: that of x, {tuple(x.shape)} "
@@ -591,6 +590,11 @@ def _check(
     return ACTIVATIONS[activation]
 
 
+def check_activation(activation: str | None) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, allowed: {', '.join(map(repr, ACTIVATIONS))}")
+
+
 # ---- modules
 
 
@@ -608,13 +612,58 @@ class _RefusesConversion:
         raise AttributeError("qconfig")
 
 
-class _Fused(nn.modules.batchnorm._BatchNorm):
-    """What the modules add to torch's: arguments of their own, statistics that stay fp32, and the operator."""
+class FusedNorm(nn.modules.batchnorm._NormBase):
+    """What the modules of batch and instance norms add to torch's: an activation, statistics that stay fp32."""
 
     # Of the class too, so that a module of torch's becomes one of ours by its class alone.
     activation: str | None = None
     num_splits: int = 1
     inplace: bool = False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Parameters follow .half() and .bfloat16(); the running statistics stay fp32, to the bit."""
+        before = {name: getattr(self, name) for name in ("running_mean", "running_var")}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new is not None and new.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, old.to(new.device, torch.float32) if new.device.type != "meta" else new.float())
+        return self
+
+    def _widen_statistics(self) -> Any:
+        for name in ("running_mean", "running_var"):
+            statistics = getattr(self, name)
+            if statistics is not None and statistics.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, statistics.float())
+        return self
+
+    def extra_repr(self) -> str:
+        defaults = {"activation": None, "num_splits": 1, "inplace": False}
+        changed = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
+        extra = "".join(f", {name}={value!r}" for name, value in changed.items())
+        return super().extra_repr() + extra
+
+    @classmethod
+    def from_torch(cls, module: nn.modules.batchnorm._NormBase, **options: Any) -> Any:
+        """A module of this class that shares the parameters and buffers of torch's (16-bit statistics are widened);
+        options as in the constructor."""
+        ours = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats,
+                   device="meta", **options)  # fmt: skip
+        return _adopt(ours, module)._widen_statistics()
+
+    def to_torch(self) -> nn.modules.batchnorm._NormBase:
+        """torch's module with the same parameters and buffers; for one without an activation."""
+        if self.activation is not None or self.num_splits != 1:
+            raise ValueError(
+                f"to_torch: got activation={self.activation!r}, num_splits={self.num_splits}, allowed: None and 1, "
+                "which torch's module can express"
+            )
+        base = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn."))
+        theirs = base(self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats, device="meta")
+        return _adopt(theirs, self)
+
+
+class _Fused(FusedNorm, nn.modules.batchnorm._BatchNorm):
     qconfig: Any = _RefusesConversion()
 
     def __init__(
@@ -635,8 +684,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:  # which torch's own constructor takes in later versions alone
             self.register_parameter("bias", None)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: got {activation!r}, allowed: {', '.join(map(repr, ACTIVATIONS))}")
+        check_activation(activation)
         if not isinstance(num_splits, int) or num_splits < 1:
             raise ValueError(f"num_splits: got {num_splits!r}, allowed: a whole number >= 1")
         self.activation = activation
@@ -666,48 +714,6 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             num_batches_tracked=buffers["num_batches_tracked"] if self.training and updates else None,
             inplace=self.inplace and not torch.is_grad_enabled(),
         )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Parameters follow .half() and .bfloat16(); the running statistics stay fp32, to the bit."""
-        before = {name: getattr(self, name) for name in ("running_mean", "running_var")}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new is not None and new.dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, old.to(new.device, torch.float32) if new.device.type != "meta" else new.float())
-        return self
-
-    def _widen_statistics(self) -> Any:
-        for name in ("running_mean", "running_var"):
-            statistics = getattr(self, name)
-            if statistics is not None and statistics.dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, statistics.float())
-        return self
-
-    def extra_repr(self) -> str:
-        defaults = {"activation": None, "num_splits": 1, "inplace": False}
-        changed = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
-        extra = "".join(f", {name}={value!r}" for name, value in changed.items())
-        return super().extra_repr() + extra
-
-    @classmethod
-    def from_torch(cls, module: nn.modules.batchnorm._BatchNorm, **options: Any) -> Any:
-        """A module of this class that shares the parameters and buffers of torch's (16-bit statistics are widened);
-        options as in the constructor."""
-        ours = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats,
-                   device="meta", **options)  # fmt: skip
-        return _adopt(ours, module)._widen_statistics()
-
-    def to_torch(self) -> nn.modules.batchnorm._BatchNorm:
-        """torch's module with the same parameters and buffers; for one without an activation."""
-        if self.activation is not None or self.num_splits != 1:
-            raise ValueError(
-                f"to_torch: got activation={self.activation!r}, num_splits={self.num_splits}, allowed: None and 1, "
-                "which torch's module can express"
-            )
-        base = next(c for c in type(self).__mro__ if c.__module__ == "torch.nn.modules.batchnorm")
-        theirs = base(self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats, device="meta")
-        return _adopt(theirs, self)
 
 
 def _adopt(to: nn.Module, source: nn.Module) -> Any:
