@@ -2,6 +2,7 @@
 
 from ssl_fast.ops.batch_norm import batch_norm
 from ssl_fast.ops.info_nce import clip, info_nce, sup_con
+from ssl_fast.ops.layer_norm import layer_norm
 from ssl_fast.ops.nt_xent import nt_xent
 
-__all__ = ["batch_norm", "clip", "info_nce", "nt_xent", "sup_con"]
+__all__ = ["batch_norm", "clip", "info_nce", "layer_norm", "nt_xent", "sup_con"]

@@ -1,0 +1,304 @@
+// Layer norm over units of work, for one instruction set; after activations_simd.h. No include guard: see simd.h.
+//
+// The mean is first guessed by a sum of x - pivot, the pivot being a position's first number: exact where all are equal,
+// and near enough whatever the pivot is. A second pass finds what the guess left out, and the squares about it. With
+// x - mean exact near the mean,
+//   xhat = (x - mean) * invstd + offset, offset = -low * invstd        u = xhat * weight + bias + residual
+
+constexpr int64_t kTileRows = 256;  // whose affine gradients are summed in fp32 before they are added in fp64
+
+// ---- sums
+
+template <int kCount>
+struct Sums {
+  V of[kCount];
+};
+
+// The sums over n numbers of what terms(i, n) gives for each vector of them, n lanes in use.
+template <int kCount, class F>
+SSL_FAST_INLINE Sums<kCount> sum_over(int64_t length, const F& terms) {
+  constexpr int kChains = 4;
+  Sums<kCount> chains[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= length; i += kChains * kLanes)
+    SSL_FAST_UNROLL
+    for (int chain = 0; chain < kChains; ++chain) {
+      const Sums<kCount> t = terms(i + chain * kLanes, kLanes);
+      for (int k = 0; k < kCount; ++k) chains[chain].of[k] += t.of[k];
+    }
+  for (; i < length; i += kLanes) {
+    const Sums<kCount> t = terms(i, static_cast<int>(std::min<int64_t>(kLanes, length - i)));
+    for (int k = 0; k < kCount; ++k) chains[0].of[k] += t.of[k];
+  }
+  Sums<kCount> sum;
+  for (int k = 0; k < kCount; ++k) sum.of[k] = (chains[0].of[k] + chains[1].of[k]) + (chains[2].of[k] + chains[3].of[k]);
+  return sum;
+}
+
+// f(i, n) for each vector of a line, n lanes of it in use.
+template <class F>
+SSL_FAST_INLINE void for_each_vector_of(int64_t length, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= length; i += kLanes) f(i, kLanes);
+  if (i < length) f(i, static_cast<int>(length - i));
+}
+
+// Lanes beyond n made 0, where there are any: n is a constant in all but the last vector.
+SSL_FAST_INLINE V first_of(V v, int n) { return n == kLanes ? v : keep(v, first_lanes(n)); }
+
+// ---- what each element needs
+
+struct Position {
+  float mean, low, invstd;
+};
+
+// Of a guess of the mean, and the sums of n numbers' deviations from it and of their squares.
+SSL_FAST_INLINE Position position_of(float guess, double sum, double squares, double n, double eps) {
+  const double rest = sum / n, mean = guess + rest, var = squares / n - rest * rest;
+  const float rounded_mean = static_cast<float>(mean);
+  return {rounded_mean, static_cast<float>(mean - rounded_mean), static_cast<float>(1 / std::sqrt((var < 0 ? 0 : var) + eps))};
+}
+
+template <int64_t kActivation>
+SSL_FAST_INLINE V finish(V u, int64_t activation) {
+  if (kActivation == kIdentity || activation == kIdentity) return u;
+  return activation == kReLU ? keep(u, positive(u)) : activate<kOther>(u, activation);
+}
+
+// dz of dy, where u is needed for it.
+template <int64_t kActivation, class F>
+SSL_FAST_INLINE V through(V dy, int64_t activation, const F& u) {
+  if (kActivation == kIdentity || activation == kIdentity) return dy;
+  if (activation > kLeakyReLU) return dy * smooth_derivative(u(), activation);
+  const VInt above = positive(u());
+  return activation == kReLU ? keep(dy, above) : above ? dy : dy * kNegativeSlope;
+}
+
+// ---- rows
+
+template <class T, int64_t kActivation>
+void forward_rows(const Problem& p, int64_t first, int64_t last) {
+  const int64_t D = p.D, rows = p.N;
+  const double n = static_cast<double>(D);
+  for (int64_t row = first; row < last; ++row) {
+    const T* const x = static_cast<const T*>(p.x) + row * D;
+    const T* const residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + row * D;
+    T* const y = static_cast<T*>(p.y) + row * D;
+    const float pivot = static_cast<float>(x[0]);
+    const auto shifted = sum_over<1>(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+      return Sums<1>{first_of(load_first(x + i, k) - pivot, k)};
+    });
+    const float guess = static_cast<float>(pivot + sum_lanes(shifted.of[0]) / n);
+    const auto moments = sum_over<2>(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+      const V d = first_of(load_first(x + i, k) - guess, k);
+      return Sums<2>{d, d * d};
+    });
+    const Position at = position_of(guess, sum_lanes(moments.of[0]), sum_lanes(moments.of[1]), n, p.eps);
+    p.stats[row] = at.mean;
+    p.stats[rows + row] = at.low;
+    p.stats[2 * rows + row] = at.invstd;
+    const float offset = -at.low * at.invstd;
+    for_each_vector_of(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+      V u = ((load_first(x + i, k) - at.mean) * at.invstd + offset) * load(p.weight + i) + load(p.bias + i);
+      if (residual != nullptr) u += load_first(residual + i, k);
+      store_first(y + i, finish<kActivation>(u, p.activation), k, p.stream);
+    });
+  }
+}
+
+template <class T, int64_t kActivation>
+void backward_rows(const Problem& p, int64_t first, int64_t last, double* sums, float* work) {
+  const int64_t D = p.D, rows = p.N, padded = round_up(D, kLanes);
+  float *const dweight = work, *const dbias = work + padded;
+  const float scale = 1.0f / static_cast<float>(D);
+  for (int64_t begin = first; begin < last; begin += kTileRows) {
+    std::fill(work, work + 2 * padded, 0.0f);
+    for (int64_t row = begin; row < std::min(begin + kTileRows, last); ++row) {
+      const float mean = p.stats[row], invstd = p.stats[2 * rows + row], offset = -p.stats[rows + row] * invstd;
+      const T* const x = static_cast<const T*>(p.x) + row * D;
+      const T* const dy = static_cast<const T*>(p.dy) + row * D;
+      const T* const residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + row * D;
+      const auto normalised = [&](int64_t i, int k) SSL_FAST_LAMBDA {
+        return first_of((load_first(x + i, k) - mean) * invstd + offset, k);
+      };
+      const auto gradient = [&](V xhat, int64_t i, int k) SSL_FAST_LAMBDA {
+        return through<kActivation>(load_first(dy + i, k), p.activation, [&]() SSL_FAST_LAMBDA {
+          const V u = xhat * load(p.weight + i) + load(p.bias + i);
+          return residual == nullptr ? u : u + load_first(residual + i, k);
+        });
+      };
+      float along = 0, even = 0;
+      if (p.dx != nullptr) {
+        const auto both = sum_over<2>(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+          const V xhat = normalised(i, k), g = gradient(xhat, i, k) * load(p.weight + i);
+          return Sums<2>{g, g * xhat};
+        });
+        even = sum_lanes(both.of[0]) * scale;
+        along = sum_lanes(both.of[1]) * scale;
+      }
+      for_each_vector_of(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+        const V xhat = normalised(i, k), dz = gradient(xhat, i, k);
+        if (p.dresidual != nullptr) store_first(static_cast<T*>(p.dresidual) + row * D + i, dz, k, p.stream);
+        if (p.dx != nullptr) {
+          const V dx = (dz * load(p.weight + i) - even - xhat * along) * invstd;
+          store_first(static_cast<T*>(p.dx) + row * D + i, dx, k, p.stream);
+        }
+        if (sums != nullptr) {
+          store(dweight + i, load(dweight + i) + dz * xhat);
+          store(dbias + i, load(dbias + i) + dz);
+        }
+      });
+    }
+    for (int64_t i = 0; sums != nullptr && i < D; ++i) {
+      sums[i] += dweight[i];
+      sums[D + i] += dbias[i];
+    }
+  }
+}
+
+// ---- planes
+
+// Where a unit lies: its first number, its first position, and how many there are.
+struct Tile {
+  int64_t element, position, count;
+
+  static SSL_FAST_INLINE Tile of(const Problem& p, int64_t unit) {
+    const int64_t n = unit / p.tiles, from = unit % p.tiles * p.tile;
+    return {n * p.D * p.L + from, n * p.L + from, std::min(p.tile, p.L - from)};
+  }
+};
+
+template <class T>
+void forward_planes(const Problem& p, int64_t first, int64_t last, float* work) {
+  const int64_t padded = round_up(p.tile, kLanes), positions = p.N * p.L;
+  const double n = static_cast<double>(p.D);
+  float *const mean = work, *const sum = mean + padded, *const squares = sum + padded;
+  float *const invstd = sum, *const offset = squares;
+  for (int64_t unit = first; unit < last; ++unit) {
+    const Tile tile = Tile::of(p, unit);
+    const T* const x = static_cast<const T*>(p.x) + tile.element;
+    std::fill(sum, sum + 2 * padded, 0.0f);
+    for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA { store(mean + i, load_first(x + i, k)); });
+    for (int64_t d = 1; d < p.D; ++d)
+      for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+        store(sum + i, load(sum + i) + (load_first(x + d * p.L + i, k) - load(mean + i)));
+      });
+    for (int64_t i = 0; i < tile.count; ++i) mean[i] = static_cast<float>(mean[i] + sum[i] / n);
+    std::fill(sum, sum + padded, 0.0f);
+    for (int64_t d = 0; d < p.D; ++d)
+      for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+        const V off = load_first(x + d * p.L + i, k) - load(mean + i);
+        store(sum + i, load(sum + i) + off);
+        store(squares + i, load(squares + i) + off * off);
+      });
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const Position at = position_of(mean[i], sum[i], squares[i], n, p.eps);
+      float* const stats = p.stats + tile.position + i;
+      stats[0] = mean[i] = at.mean;
+      stats[positions] = at.low;
+      stats[2 * positions] = invstd[i] = at.invstd;
+      offset[i] = -at.low * at.invstd;
+    }
+    for (int64_t d = 0; d < p.D; ++d) {
+      const int64_t line = tile.element + d * p.L;
+      const V weight = broadcast(p.weight[d]), bias = broadcast(p.bias[d]);
+      for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+        V u = ((load_first(x + d * p.L + i, k) - load(mean + i)) * load(invstd + i) + load(offset + i)) * weight + bias;
+        if (p.residual != nullptr) u += load_first(static_cast<const T*>(p.residual) + line + i, k);
+        store_first(static_cast<T*>(p.y) + line + i, finish<kOther>(u, p.activation), k, p.stream);
+      });
+    }
+  }
+}
+
+template <class T>
+void backward_planes(const Problem& p, int64_t first, int64_t last, double* sums, float* work) {
+  const int64_t padded = round_up(p.tile, kLanes), positions = p.N * p.L;
+  const float scale = 1.0f / static_cast<float>(p.D);
+  float *const mean = work, *const invstd = mean + padded, *const offset = invstd + padded;
+  float *const even = offset + padded, *const along = even + padded;
+  for (int64_t unit = first; unit < last; ++unit) {
+    const Tile tile = Tile::of(p, unit);
+    std::fill(work, work + 5 * padded, 0.0f);
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const float* const stats = p.stats + tile.position + i;
+      mean[i] = stats[0];
+      invstd[i] = stats[2 * positions];
+      offset[i] = -stats[positions] * invstd[i];
+    }
+    const auto normalised = [&](int64_t line, int64_t i, int k) SSL_FAST_LAMBDA {
+      const V x = load_first(static_cast<const T*>(p.x) + line + i, k);
+      return (x - load(mean + i)) * load(invstd + i) + load(offset + i);
+    };
+    const auto gradient = [&](V xhat, V weight, int64_t d, int64_t line, int64_t i, int k) SSL_FAST_LAMBDA {
+      return through<kOther>(load_first(static_cast<const T*>(p.dy) + line + i, k), p.activation, [&]() SSL_FAST_LAMBDA {
+        const V u = xhat * weight + p.bias[d];
+        return p.residual == nullptr ? u : u + load_first(static_cast<const T*>(p.residual) + line + i, k);
+      });
+    };
+    for (int64_t d = 0; p.dx != nullptr && d < p.D; ++d) {
+      const int64_t line = tile.element + d * p.L;
+      const V weight = broadcast(p.weight[d]);
+      for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+        const V xhat = normalised(line, i, k), g = gradient(xhat, weight, d, line, i, k) * weight;
+        store(even + i, load(even + i) + g);
+        store(along + i, load(along + i) + g * xhat);
+      });
+    }
+    for_each_vector_of(padded, [&](int64_t i, int) SSL_FAST_LAMBDA {
+      store(even + i, load(even + i) * scale);
+      store(along + i, load(along + i) * scale);
+    });
+    for (int64_t d = 0; d < p.D; ++d) {
+      const int64_t line = tile.element + d * p.L;
+      const V weight = broadcast(p.weight[d]);
+      V dweight = {}, dbias = {};
+      for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+        const V xhat = normalised(line, i, k), dz = gradient(xhat, weight, d, line, i, k);
+        if (p.dresidual != nullptr) store_first(static_cast<T*>(p.dresidual) + line + i, dz, k, p.stream);
+        if (p.dx != nullptr) {
+          const V dx = (dz * weight - load(even + i) - xhat * load(along + i)) * load(invstd + i);
+          store_first(static_cast<T*>(p.dx) + line + i, dx, k, p.stream);
+        }
+        dweight += dz * xhat;  // dz and xhat are 0 in lanes beyond k: dy, invstd and offset are
+        dbias += dz;
+      });
+      if (sums != nullptr) {
+        sums[d] += sum_lanes(dweight);
+        sums[p.D + d] += sum_lanes(dbias);
+      }
+    }
+  }
+}
+
+// ---- by dtype, layout and activation
+
+// Rows are compiled for the identity, and for every activation; planes for the latter alone.
+template <class F>
+void with_types(const Problem& p, const F& f) {
+  dispatch_float(p.dtype, "layer_norm", [&](auto zero) {
+    if (p.L == 1 && p.activation == kIdentity) return f(zero, std::integral_constant<int64_t, kIdentity>{});
+    f(zero, std::integral_constant<int64_t, kOther>{});
+  });
+}
+
+int64_t work_of(const Problem& p) {
+  return p.L == 1 ? 2 * round_up(p.D, kLanes) : 5 * round_up(p.tile, kLanes);
+}
+
+void forward(const Problem& p, int64_t first, int64_t last, float* work) {
+  with_types(p, [&](auto zero, auto activation) {
+    using T = decltype(zero);
+    p.L == 1 ? forward_rows<T, activation.value>(p, first, last) : forward_planes<T>(p, first, last, work);
+  });
+}
+
+void backward(const Problem& p, int64_t first, int64_t last, double* sums, float* work) {
+  with_types(p, [&](auto zero, auto activation) {
+    using T = decltype(zero);
+    p.L == 1 ? backward_rows<T, activation.value>(p, first, last, sums, work)
+             : backward_planes<T>(p, first, last, sums, work);
+  });
+}
+
+constexpr Kernels kKernels = {work_of, forward, backward};
