@@ -78,7 +78,10 @@ SSL_FAST_INLINE V through(V dy, int64_t activation, const F& u) {
 
 template <class T, int64_t kActivation>
 void forward_rows(const Problem& p, int64_t first, int64_t last) {
-  const int64_t D = p.D, rows = p.N;
+  // What stores might change, for all the compiler knows, is kept out of memory.
+  const int64_t D = p.D, rows = p.N, activation = p.activation;
+  const float *const weight = p.weight, *const bias = p.bias;
+  const bool stream = p.stream;
   const double n = static_cast<double>(D);
   for (int64_t row = first; row < last; ++row) {
     const T* const x = static_cast<const T*>(p.x) + row * D;
@@ -99,16 +102,18 @@ void forward_rows(const Problem& p, int64_t first, int64_t last) {
     p.stats[2 * rows + row] = at.invstd;
     const float offset = -at.low * at.invstd;
     for_each_vector_of(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-      V u = ((load_first(x + i, k) - at.mean) * at.invstd + offset) * load(p.weight + i) + load(p.bias + i);
+      V u = ((load_first(x + i, k) - at.mean) * at.invstd + offset) * load(weight + i) + load(bias + i);
       if (residual != nullptr) u += load_first(residual + i, k);
-      store_first(y + i, finish<kActivation>(u, p.activation), k, p.stream);
+      store_first(y + i, finish<kActivation>(u, activation), k, stream);
     });
   }
 }
 
 template <class T, int64_t kActivation>
 void backward_rows(const Problem& p, int64_t first, int64_t last, double* sums, float* work) {
-  const int64_t D = p.D, rows = p.N, padded = round_up(D, kLanes);
+  const int64_t D = p.D, rows = p.N, padded = round_up(D, kLanes), activation = p.activation;
+  const float *const weight = p.weight, *const bias = p.bias;
+  const bool stream = p.stream;
   float *const dweight = work, *const dbias = work + padded;
   const float scale = 1.0f / static_cast<float>(D);
   for (int64_t begin = first; begin < last; begin += kTileRows) {
@@ -118,19 +123,21 @@ void backward_rows(const Problem& p, int64_t first, int64_t last, double* sums, 
       const T* const x = static_cast<const T*>(p.x) + row * D;
       const T* const dy = static_cast<const T*>(p.dy) + row * D;
       const T* const residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + row * D;
+      T* const dx = p.dx == nullptr ? nullptr : static_cast<T*>(p.dx) + row * D;
+      T* const dresidual = p.dresidual == nullptr ? nullptr : static_cast<T*>(p.dresidual) + row * D;
       const auto normalised = [&](int64_t i, int k) SSL_FAST_LAMBDA {
         return first_of((load_first(x + i, k) - mean) * invstd + offset, k);
       };
       const auto gradient = [&](V xhat, int64_t i, int k) SSL_FAST_LAMBDA {
-        return through<kActivation>(load_first(dy + i, k), p.activation, [&]() SSL_FAST_LAMBDA {
-          const V u = xhat * load(p.weight + i) + load(p.bias + i);
+        return through<kActivation>(load_first(dy + i, k), activation, [&]() SSL_FAST_LAMBDA {
+          const V u = xhat * load(weight + i) + load(bias + i);
           return residual == nullptr ? u : u + load_first(residual + i, k);
         });
       };
       float along = 0, even = 0;
-      if (p.dx != nullptr) {
+      if (dx != nullptr) {
         const auto both = sum_over<2>(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-          const V xhat = normalised(i, k), g = gradient(xhat, i, k) * load(p.weight + i);
+          const V xhat = normalised(i, k), g = gradient(xhat, i, k) * load(weight + i);
           return Sums<2>{g, g * xhat};
         });
         even = sum_lanes(both.of[0]) * scale;
@@ -138,11 +145,8 @@ void backward_rows(const Problem& p, int64_t first, int64_t last, double* sums, 
       }
       for_each_vector_of(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
         const V xhat = normalised(i, k), dz = gradient(xhat, i, k);
-        if (p.dresidual != nullptr) store_first(static_cast<T*>(p.dresidual) + row * D + i, dz, k, p.stream);
-        if (p.dx != nullptr) {
-          const V dx = (dz * load(p.weight + i) - even - xhat * along) * invstd;
-          store_first(static_cast<T*>(p.dx) + row * D + i, dx, k, p.stream);
-        }
+        if (dresidual != nullptr) store_first(dresidual + i, dz, k, stream);
+        if (dx != nullptr) store_first(dx + i, (dz * load(weight + i) - even - xhat * along) * invstd, k, stream);
         if (sums != nullptr) {
           store(dweight + i, load(dweight + i) + dz * xhat);
           store(dbias + i, load(dbias + i) + dz);
@@ -170,24 +174,27 @@ struct Tile {
 
 template <class T>
 void forward_planes(const Problem& p, int64_t first, int64_t last, float* work) {
-  const int64_t padded = round_up(p.tile, kLanes), positions = p.N * p.L;
-  const double n = static_cast<double>(p.D);
+  const int64_t padded = round_up(p.tile, kLanes), positions = p.N * p.L, D = p.D, L = p.L, activation = p.activation;
+  const bool stream = p.stream;
+  const double n = static_cast<double>(D);
   float *const mean = work, *const sum = mean + padded, *const squares = sum + padded;
   float *const invstd = sum, *const offset = squares;
   for (int64_t unit = first; unit < last; ++unit) {
     const Tile tile = Tile::of(p, unit);
     const T* const x = static_cast<const T*>(p.x) + tile.element;
+    const T* const residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + tile.element;
+    T* const y = static_cast<T*>(p.y) + tile.element;
     std::fill(sum, sum + 2 * padded, 0.0f);
     for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA { store(mean + i, load_first(x + i, k)); });
-    for (int64_t d = 1; d < p.D; ++d)
+    for (int64_t d = 1; d < D; ++d)
       for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-        store(sum + i, load(sum + i) + (load_first(x + d * p.L + i, k) - load(mean + i)));
+        store(sum + i, load(sum + i) + (load_first(x + d * L + i, k) - load(mean + i)));
       });
     for (int64_t i = 0; i < tile.count; ++i) mean[i] = static_cast<float>(mean[i] + sum[i] / n);
     std::fill(sum, sum + padded, 0.0f);
-    for (int64_t d = 0; d < p.D; ++d)
+    for (int64_t d = 0; d < D; ++d)
       for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-        const V off = load_first(x + d * p.L + i, k) - load(mean + i);
+        const V off = load_first(x + d * L + i, k) - load(mean + i);
         store(sum + i, load(sum + i) + off);
         store(squares + i, load(squares + i) + off * off);
       });
@@ -199,13 +206,12 @@ void forward_planes(const Problem& p, int64_t first, int64_t last, float* work) 
       stats[2 * positions] = invstd[i] = at.invstd;
       offset[i] = -at.low * at.invstd;
     }
-    for (int64_t d = 0; d < p.D; ++d) {
-      const int64_t line = tile.element + d * p.L;
+    for (int64_t d = 0; d < D; ++d) {
       const V weight = broadcast(p.weight[d]), bias = broadcast(p.bias[d]);
       for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-        V u = ((load_first(x + d * p.L + i, k) - load(mean + i)) * load(invstd + i) + load(offset + i)) * weight + bias;
-        if (p.residual != nullptr) u += load_first(static_cast<const T*>(p.residual) + line + i, k);
-        store_first(static_cast<T*>(p.y) + line + i, finish<kOther>(u, p.activation), k, p.stream);
+        V u = ((load_first(x + d * L + i, k) - load(mean + i)) * load(invstd + i) + load(offset + i)) * weight + bias;
+        if (residual != nullptr) u += load_first(residual + d * L + i, k);
+        store_first(y + d * L + i, finish<kOther>(u, activation), k, stream);
       });
     }
   }
@@ -213,8 +219,9 @@ void forward_planes(const Problem& p, int64_t first, int64_t last, float* work) 
 
 template <class T>
 void backward_planes(const Problem& p, int64_t first, int64_t last, double* sums, float* work) {
-  const int64_t padded = round_up(p.tile, kLanes), positions = p.N * p.L;
-  const float scale = 1.0f / static_cast<float>(p.D);
+  const int64_t padded = round_up(p.tile, kLanes), positions = p.N * p.L, D = p.D, L = p.L, activation = p.activation;
+  const bool stream = p.stream;
+  const float scale = 1.0f / static_cast<float>(D);
   float *const mean = work, *const invstd = mean + padded, *const offset = invstd + padded;
   float *const even = offset + padded, *const along = even + padded;
   for (int64_t unit = first; unit < last; ++unit) {
@@ -226,21 +233,25 @@ void backward_planes(const Problem& p, int64_t first, int64_t last, double* sums
       invstd[i] = stats[2 * positions];
       offset[i] = -stats[positions] * invstd[i];
     }
-    const auto normalised = [&](int64_t line, int64_t i, int k) SSL_FAST_LAMBDA {
-      const V x = load_first(static_cast<const T*>(p.x) + line + i, k);
-      return (x - load(mean + i)) * load(invstd + i) + load(offset + i);
+    const T* const x = static_cast<const T*>(p.x) + tile.element;
+    const T* const dy = static_cast<const T*>(p.dy) + tile.element;
+    const T* const residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + tile.element;
+    T* const dx = p.dx == nullptr ? nullptr : static_cast<T*>(p.dx) + tile.element;
+    T* const dresidual = p.dresidual == nullptr ? nullptr : static_cast<T*>(p.dresidual) + tile.element;
+    // Of number i of line d, which lies `at` numbers on.
+    const auto normalised = [&](int64_t at, int64_t i, int k) SSL_FAST_LAMBDA {
+      return (load_first(x + at, k) - load(mean + i)) * load(invstd + i) + load(offset + i);
     };
-    const auto gradient = [&](V xhat, V weight, int64_t d, int64_t line, int64_t i, int k) SSL_FAST_LAMBDA {
-      return through<kOther>(load_first(static_cast<const T*>(p.dy) + line + i, k), p.activation, [&]() SSL_FAST_LAMBDA {
-        const V u = xhat * weight + p.bias[d];
-        return p.residual == nullptr ? u : u + load_first(static_cast<const T*>(p.residual) + line + i, k);
+    const auto gradient = [&](V xhat, V weight, V bias, int64_t at, int k) SSL_FAST_LAMBDA {
+      return through<kOther>(load_first(dy + at, k), activation, [&]() SSL_FAST_LAMBDA {
+        const V u = xhat * weight + bias;
+        return residual == nullptr ? u : u + load_first(residual + at, k);
       });
     };
-    for (int64_t d = 0; p.dx != nullptr && d < p.D; ++d) {
-      const int64_t line = tile.element + d * p.L;
-      const V weight = broadcast(p.weight[d]);
+    for (int64_t d = 0; dx != nullptr && d < D; ++d) {
+      const V weight = broadcast(p.weight[d]), bias = broadcast(p.bias[d]);
       for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-        const V xhat = normalised(line, i, k), g = gradient(xhat, weight, d, line, i, k) * weight;
+        const V xhat = normalised(d * L + i, i, k), g = gradient(xhat, weight, bias, d * L + i, k) * weight;
         store(even + i, load(even + i) + g);
         store(along + i, load(along + i) + g * xhat);
       });
@@ -249,23 +260,22 @@ void backward_planes(const Problem& p, int64_t first, int64_t last, double* sums
       store(even + i, load(even + i) * scale);
       store(along + i, load(along + i) * scale);
     });
-    for (int64_t d = 0; d < p.D; ++d) {
-      const int64_t line = tile.element + d * p.L;
-      const V weight = broadcast(p.weight[d]);
+    for (int64_t d = 0; d < D; ++d) {
+      const V weight = broadcast(p.weight[d]), bias = broadcast(p.bias[d]);
       V dweight = {}, dbias = {};
       for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-        const V xhat = normalised(line, i, k), dz = gradient(xhat, weight, d, line, i, k);
-        if (p.dresidual != nullptr) store_first(static_cast<T*>(p.dresidual) + line + i, dz, k, p.stream);
-        if (p.dx != nullptr) {
-          const V dx = (dz * weight - load(even + i) - xhat * load(along + i)) * load(invstd + i);
-          store_first(static_cast<T*>(p.dx) + line + i, dx, k, p.stream);
+        const int64_t at = d * L + i;
+        const V xhat = normalised(at, i, k), dz = gradient(xhat, weight, bias, at, k);
+        if (dresidual != nullptr) store_first(dresidual + at, dz, k, stream);
+        if (dx != nullptr) {
+          store_first(dx + at, (dz * weight - load(even + i) - xhat * load(along + i)) * load(invstd + i), k, stream);
         }
         dweight += dz * xhat;  // dz and xhat are 0 in lanes beyond k: dy, invstd and offset are
         dbias += dz;
       });
       if (sums != nullptr) {
         sums[d] += sum_lanes(dweight);
-        sums[p.D + d] += sum_lanes(dbias);
+        sums[D + d] += sum_lanes(dbias);
       }
     }
   }

@@ -158,6 +158,7 @@ layer_norm_fwd = Op(
     _fwd_reference,
     fake=_fwd_fake,
     native={"cpu": HALF_AND_FLOAT},
+    triton="ssl_fast.kernels.layer_norm:layer_norm_fwd",
     decides="x",
 )
 # dx, dresidual, dweight, dbias; the last two of `width` numbers in the dtype of sums.
@@ -168,6 +169,7 @@ layer_norm_bwd = Op(
     _bwd_reference,
     fake=_bwd_fake,
     native={"cpu": HALF_AND_FLOAT},
+    triton="ssl_fast.kernels.layer_norm:layer_norm_bwd",
     decides="x",
 )
 
