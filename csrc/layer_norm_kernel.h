@@ -35,6 +35,16 @@ SSL_FAST_INLINE Sums<kCount> sum_over(int64_t length, const F& terms) {
   return sum;
 }
 
+// In pairs, which wait for each other less than one after the other would.
+SSL_FAST_INLINE float sum_of(V v) {
+  float sums[kLanes];
+  store(sums, v);
+  SSL_FAST_UNROLL
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  return sums[0];
+}
+
 // f(i, n) for each vector of a line, n lanes of it in use.
 template <class F>
 SSL_FAST_INLINE void for_each_vector_of(int64_t length, const F& f) {
@@ -45,6 +55,27 @@ SSL_FAST_INLINE void for_each_vector_of(int64_t length, const F& f) {
 
 // Lanes beyond n made 0, where there are any: n is a constant in all but the last vector.
 SSL_FAST_INLINE V first_of(V v, int n) { return n == kLanes ? v : keep(v, first_lanes(n)); }
+
+// A line of a tensor that has no numbers from `end` on. Lanes beyond n hold whatever follows the line: a part of a vector
+// is slow to load.
+template <class T>
+struct Line {
+  const T *at, *end;
+
+  static SSL_FAST_INLINE Line of(const Problem& p, const void* tensor, int64_t element) {
+    const T* const first = static_cast<const T*>(tensor);
+    return tensor == nullptr ? Line{} : Line{first + element, first + p.N * p.D * p.L};
+  }
+  SSL_FAST_INLINE V operator()(int64_t i, int n) const {
+    return n == kLanes || at + i + kLanes <= end ? load_as_float(at + i) : load_first(at + i, n);
+  }
+  explicit SSL_FAST_INLINE operator bool() const { return at != nullptr; }
+};
+
+template <class T>
+SSL_FAST_INLINE T* line_of(void* tensor, int64_t element) {
+  return tensor == nullptr ? nullptr : static_cast<T*>(tensor) + element;
+}
 
 // ---- what each element needs
 
@@ -76,82 +107,109 @@ SSL_FAST_INLINE V through(V dy, int64_t activation, const F& u) {
 
 // ---- rows
 
+// Narrow rows are taken some at a time, each step for all of them: a step waits for the one before.
+constexpr int64_t kRowsAtOnce = 8, kBytesAtOnce = 16 << 10;
+
+SSL_FAST_INLINE int64_t rows_at_once(const Problem& p) {
+  return std::clamp<int64_t>(kBytesAtOnce / (p.D * static_cast<int64_t>(sizeof(float))), 1, kRowsAtOnce);
+}
+
 template <class T, int64_t kActivation>
 void forward_rows(const Problem& p, int64_t first, int64_t last) {
   // What stores might change, for all the compiler knows, is kept out of memory.
-  const int64_t D = p.D, rows = p.N, activation = p.activation;
+  const int64_t D = p.D, rows = p.N, activation = p.activation, step = rows_at_once(p);
   const float *const weight = p.weight, *const bias = p.bias;
   const bool stream = p.stream;
   const double n = static_cast<double>(D);
-  for (int64_t row = first; row < last; ++row) {
-    const T* const x = static_cast<const T*>(p.x) + row * D;
-    const T* const residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + row * D;
-    T* const y = static_cast<T*>(p.y) + row * D;
-    const float pivot = static_cast<float>(x[0]);
-    const auto shifted = sum_over<1>(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-      return Sums<1>{first_of(load_first(x + i, k) - pivot, k)};
-    });
-    const float guess = static_cast<float>(pivot + sum_lanes(shifted.of[0]) / n);
-    const auto moments = sum_over<2>(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-      const V d = first_of(load_first(x + i, k) - guess, k);
-      return Sums<2>{d, d * d};
-    });
-    const Position at = position_of(guess, sum_lanes(moments.of[0]), sum_lanes(moments.of[1]), n, p.eps);
-    p.stats[row] = at.mean;
-    p.stats[rows + row] = at.low;
-    p.stats[2 * rows + row] = at.invstd;
-    const float offset = -at.low * at.invstd;
-    for_each_vector_of(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-      V u = ((load_first(x + i, k) - at.mean) * at.invstd + offset) * load(weight + i) + load(bias + i);
-      if (residual != nullptr) u += load_first(residual + i, k);
-      store_first(y + i, finish<kActivation>(u, activation), k, stream);
-    });
+  float guess[kRowsAtOnce];
+  Position at[kRowsAtOnce];
+  for (int64_t begin = first; begin < last; begin += step) {
+    const int64_t count = std::min(step, last - begin);
+    for (int64_t r = 0; r < count; ++r) {
+      const auto x = Line<T>::of(p, p.x, (begin + r) * D);
+      const float pivot = static_cast<float>(*x.at);
+      const auto off = sum_over<1>(D, [&](int64_t i, int k) SSL_FAST_LAMBDA { return Sums<1>{first_of(x(i, k) - pivot, k)}; });
+      guess[r] = static_cast<float>(pivot + sum_of(off.of[0]) / n);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const auto x = Line<T>::of(p, p.x, (begin + r) * D);
+      const auto moments = sum_over<2>(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+        const V off = first_of(x(i, k) - guess[r], k);
+        return Sums<2>{off, off * off};
+      });
+      at[r] = position_of(guess[r], sum_of(moments.of[0]), sum_of(moments.of[1]), n, p.eps);
+      p.stats[begin + r] = at[r].mean;
+      p.stats[rows + begin + r] = at[r].low;
+      p.stats[2 * rows + begin + r] = at[r].invstd;
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const auto x = Line<T>::of(p, p.x, (begin + r) * D), residual = Line<T>::of(p, p.residual, (begin + r) * D);
+      T* const y = line_of<T>(p.y, (begin + r) * D);
+      const float mean = at[r].mean, invstd = at[r].invstd, offset = -at[r].low * invstd;
+      for_each_vector_of(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+        V u = ((x(i, k) - mean) * invstd + offset) * load(weight + i) + load(bias + i);
+        if (residual) u += residual(i, k);
+        store_first(y + i, finish<kActivation>(u, activation), k, stream);
+      });
+    }
   }
 }
 
 template <class T, int64_t kActivation>
 void backward_rows(const Problem& p, int64_t first, int64_t last, double* sums, float* work) {
-  const int64_t D = p.D, rows = p.N, padded = round_up(D, kLanes), activation = p.activation;
+  const int64_t D = p.D, rows = p.N, padded = round_up(D, kLanes), activation = p.activation, step = rows_at_once(p);
   const float *const weight = p.weight, *const bias = p.bias;
   const bool stream = p.stream;
   float *const dweight = work, *const dbias = work + padded;
   const float scale = 1.0f / static_cast<float>(D);
-  for (int64_t begin = first; begin < last; begin += kTileRows) {
+  // Of a row: xhat, and dz, for each vector; 0 in lanes beyond k.
+  struct Row {
+    Line<T> x, dy, residual;
+    float mean, invstd, offset;
+    const float *weight, *bias;
+    int64_t activation;
+
+    SSL_FAST_INLINE V normalised(int64_t i, int k) const { return first_of((x(i, k) - mean) * invstd + offset, k); }
+    SSL_FAST_INLINE V gradient(V xhat, int64_t i, int k) const {
+      return through<kActivation>(first_of(dy(i, k), k), activation, [&]() SSL_FAST_LAMBDA {
+        const V u = xhat * load(weight + i) + load(bias + i);
+        return residual ? u + residual(i, k) : u;
+      });
+    }
+  };
+  const auto row_of = [&](int64_t row) SSL_FAST_LAMBDA {
+    const float invstd = p.stats[2 * rows + row];
+    return Row{Line<T>::of(p, p.x, row * D), Line<T>::of(p, p.dy, row * D), Line<T>::of(p, p.residual, row * D),
+               p.stats[row], invstd, -p.stats[rows + row] * invstd, weight, bias, activation};
+  };
+  float even[kRowsAtOnce], along[kRowsAtOnce];
+  for (int64_t tile = first, end; tile < last; tile = end) {
+    end = std::min(tile + kTileRows, last);
     std::fill(work, work + 2 * padded, 0.0f);
-    for (int64_t row = begin; row < std::min(begin + kTileRows, last); ++row) {
-      const float mean = p.stats[row], invstd = p.stats[2 * rows + row], offset = -p.stats[rows + row] * invstd;
-      const T* const x = static_cast<const T*>(p.x) + row * D;
-      const T* const dy = static_cast<const T*>(p.dy) + row * D;
-      const T* const residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + row * D;
-      T* const dx = p.dx == nullptr ? nullptr : static_cast<T*>(p.dx) + row * D;
-      T* const dresidual = p.dresidual == nullptr ? nullptr : static_cast<T*>(p.dresidual) + row * D;
-      const auto normalised = [&](int64_t i, int k) SSL_FAST_LAMBDA {
-        return first_of((load_first(x + i, k) - mean) * invstd + offset, k);
-      };
-      const auto gradient = [&](V xhat, int64_t i, int k) SSL_FAST_LAMBDA {
-        return through<kActivation>(load_first(dy + i, k), activation, [&]() SSL_FAST_LAMBDA {
-          const V u = xhat * load(weight + i) + load(bias + i);
-          return residual == nullptr ? u : u + load_first(residual + i, k);
-        });
-      };
-      float along = 0, even = 0;
-      if (dx != nullptr) {
+    for (int64_t begin = tile; begin < end; begin += step) {
+      const int64_t count = std::min(step, end - begin);
+      for (int64_t r = 0; p.dx != nullptr && r < count; ++r) {
+        const Row row = row_of(begin + r);
         const auto both = sum_over<2>(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-          const V xhat = normalised(i, k), g = gradient(xhat, i, k) * load(weight + i);
+          const V xhat = row.normalised(i, k), g = row.gradient(xhat, i, k) * load(weight + i);
           return Sums<2>{g, g * xhat};
         });
-        even = sum_lanes(both.of[0]) * scale;
-        along = sum_lanes(both.of[1]) * scale;
+        even[r] = sum_of(both.of[0]) * scale;
+        along[r] = sum_of(both.of[1]) * scale;
       }
-      for_each_vector_of(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-        const V xhat = normalised(i, k), dz = gradient(xhat, i, k);
-        if (dresidual != nullptr) store_first(dresidual + i, dz, k, stream);
-        if (dx != nullptr) store_first(dx + i, (dz * load(weight + i) - even - xhat * along) * invstd, k, stream);
-        if (sums != nullptr) {
-          store(dweight + i, load(dweight + i) + dz * xhat);
-          store(dbias + i, load(dbias + i) + dz);
-        }
-      });
+      for (int64_t r = 0; r < count; ++r) {
+        const Row row = row_of(begin + r);
+        T *const dx = line_of<T>(p.dx, (begin + r) * D), *const dresidual = line_of<T>(p.dresidual, (begin + r) * D);
+        for_each_vector_of(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+          const V xhat = row.normalised(i, k), dz = row.gradient(xhat, i, k);
+          if (dresidual != nullptr) store_first(dresidual + i, dz, k, stream);
+          if (dx != nullptr) store_first(dx + i, (dz * load(weight + i) - even[r] - xhat * along[r]) * row.invstd, k, stream);
+          if (sums != nullptr) {
+            store(dweight + i, load(dweight + i) + dz * xhat);
+            store(dbias + i, load(dbias + i) + dz);
+          }
+        });
+      }
     }
     for (int64_t i = 0; sums != nullptr && i < D; ++i) {
       sums[i] += dweight[i];
@@ -181,20 +239,19 @@ void forward_planes(const Problem& p, int64_t first, int64_t last, float* work) 
   float *const invstd = sum, *const offset = squares;
   for (int64_t unit = first; unit < last; ++unit) {
     const Tile tile = Tile::of(p, unit);
-    const T* const x = static_cast<const T*>(p.x) + tile.element;
-    const T* const residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + tile.element;
-    T* const y = static_cast<T*>(p.y) + tile.element;
+    const auto x = Line<T>::of(p, p.x, tile.element), residual = Line<T>::of(p, p.residual, tile.element);
+    T* const y = line_of<T>(p.y, tile.element);
     std::fill(sum, sum + 2 * padded, 0.0f);
-    for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA { store(mean + i, load_first(x + i, k)); });
+    for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA { store(mean + i, x(i, k)); });
     for (int64_t d = 1; d < D; ++d)
       for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-        store(sum + i, load(sum + i) + (load_first(x + d * L + i, k) - load(mean + i)));
+        store(sum + i, load(sum + i) + (x(d * L + i, k) - load(mean + i)));
       });
     for (int64_t i = 0; i < tile.count; ++i) mean[i] = static_cast<float>(mean[i] + sum[i] / n);
     std::fill(sum, sum + padded, 0.0f);
     for (int64_t d = 0; d < D; ++d)
       for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-        const V off = load_first(x + d * L + i, k) - load(mean + i);
+        const V off = x(d * L + i, k) - load(mean + i);
         store(sum + i, load(sum + i) + off);
         store(squares + i, load(squares + i) + off * off);
       });
@@ -209,8 +266,8 @@ void forward_planes(const Problem& p, int64_t first, int64_t last, float* work) 
     for (int64_t d = 0; d < D; ++d) {
       const V weight = broadcast(p.weight[d]), bias = broadcast(p.bias[d]);
       for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-        V u = ((load_first(x + d * L + i, k) - load(mean + i)) * load(invstd + i) + load(offset + i)) * weight + bias;
-        if (residual != nullptr) u += load_first(residual + d * L + i, k);
+        V u = ((x(d * L + i, k) - load(mean + i)) * load(invstd + i) + load(offset + i)) * weight + bias;
+        if (residual) u += residual(d * L + i, k);
         store_first(y + d * L + i, finish<kOther>(u, activation), k, stream);
       });
     }
@@ -233,19 +290,17 @@ void backward_planes(const Problem& p, int64_t first, int64_t last, double* sums
       invstd[i] = stats[2 * positions];
       offset[i] = -stats[positions] * invstd[i];
     }
-    const T* const x = static_cast<const T*>(p.x) + tile.element;
-    const T* const dy = static_cast<const T*>(p.dy) + tile.element;
-    const T* const residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + tile.element;
-    T* const dx = p.dx == nullptr ? nullptr : static_cast<T*>(p.dx) + tile.element;
-    T* const dresidual = p.dresidual == nullptr ? nullptr : static_cast<T*>(p.dresidual) + tile.element;
+    const auto x = Line<T>::of(p, p.x, tile.element), dy = Line<T>::of(p, p.dy, tile.element);
+    const auto residual = Line<T>::of(p, p.residual, tile.element);
+    T *const dx = line_of<T>(p.dx, tile.element), *const dresidual = line_of<T>(p.dresidual, tile.element);
     // Of number i of line d, which lies `at` numbers on.
     const auto normalised = [&](int64_t at, int64_t i, int k) SSL_FAST_LAMBDA {
-      return (load_first(x + at, k) - load(mean + i)) * load(invstd + i) + load(offset + i);
+      return (x(at, k) - load(mean + i)) * load(invstd + i) + load(offset + i);
     };
     const auto gradient = [&](V xhat, V weight, V bias, int64_t at, int k) SSL_FAST_LAMBDA {
-      return through<kOther>(load_first(dy + at, k), activation, [&]() SSL_FAST_LAMBDA {
+      return through<kOther>(dy(at, k), activation, [&]() SSL_FAST_LAMBDA {
         const V u = xhat * weight + bias;
-        return residual == nullptr ? u : u + load_first(residual + at, k);
+        return residual ? u + residual(at, k) : u;
       });
     };
     for (int64_t d = 0; dx != nullptr && d < D; ++d) {
@@ -270,12 +325,12 @@ void backward_planes(const Problem& p, int64_t first, int64_t last, double* sums
         if (dx != nullptr) {
           store_first(dx + at, (dz * weight - load(even + i) - xhat * load(along + i)) * load(invstd + i), k, stream);
         }
-        dweight += dz * xhat;  // dz and xhat are 0 in lanes beyond k: dy, invstd and offset are
-        dbias += dz;
+        dweight += first_of(dz * xhat, k);
+        dbias += first_of(dz, k);
       });
       if (sums != nullptr) {
-        sums[d] += sum_lanes(dweight);
-        sums[D + d] += sum_lanes(dbias);
+        sums[d] += sum_of(dweight);
+        sums[D + d] += sum_of(dbias);
       }
     }
   }
