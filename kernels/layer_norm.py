@@ -30,13 +30,13 @@ from torch import Tensor
 
 BLOCK_P = tl.constexpr(16)  # partials added at a time
 
-# Whether memory is planes: Config(numbers in a tile, BLOCK_D at most, ...); a wider row takes twice the warps. Not yet
-# measured on a GPU; chosen to compile without spills.
-CONFIGS = {(False,): Config(4096, 8192, 8, 1, 2), (True,): Config(4096, 128, 8, 1, 2)}
+# Whether memory is planes: Config(numbers in a tile, BLOCK_D at most, ...). Not yet measured on a GPU; chosen to
+# compile without spills.
+CONFIGS = {(False,): Config(4096, 4096, 8, 1, 2), (True,): Config(2048, 128, 8, 1, 2)}
 CANDIDATES = tuple(
     Config(numbers, widest, warps, 1, programs)
     for numbers, warps in ((2048, 4), (4096, 8))
-    for widest in (128, 4096, 8192)
+    for widest in (128, 1024, 4096)
     for programs in (1, 2, 4)
 )
 
@@ -160,10 +160,7 @@ def _forward_kernel(
     for first in range(0, BLOCK_D if FITS else D, BLOCK_D):
         d = first + columns
         live, at = inside & (d < D), _at(start, d, L, PLANES)
-        if FITS:
-            xhat = ((x - mean) - low) * invstd
-        else:
-            xhat = _normalised(x_ptr, at, live, mean, low, invstd)
+        xhat = ((x - mean) - low) * invstd if FITS else _normalised(x_ptr, at, live, mean, low, invstd)
         weight, bias = _parameter(weight_ptr, d, D, 1.0), _parameter(bias_ptr, d, D, 0.0)
         u = _pre_activation(xhat, residual_ptr, at, live, weight, bias)
         tl.store(y_ptr + at, rounded(_activate(u, ACTIVATION), y_ptr.dtype.element_ty), live)
@@ -267,13 +264,13 @@ class _Launch:
         numbers, widest = (512, min(config.BLOCK_N, 512)) if INTERPRETED else config[:2]
         block_d = min(triton.next_power_of_2(self.D), widest)
         block_r = max(1, numbers // block_d)
-        self.fits = self.D <= block_d
+        self.fits = block_d >= self.D
         self.tiles = self.N * triton.cdiv(self.L, block_r) if self.planes else triton.cdiv(self.R, block_r)
         self.per_part = max(1, triton.cdiv(self.tiles, config.programs * self.slots))
         self.parts = triton.cdiv(self.tiles, self.per_part)
         self.columns = triton.cdiv(self.D, block_d)
-        warps = config.num_warps * (2 if block_d > numbers else 1)
-        self.constants = {"PLANES": self.planes, "BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": warps}
+        self.constants = {"PLANES": self.planes, "BLOCK_R": block_r, "BLOCK_D": block_d,
+                          "num_warps": config.num_warps}  # fmt: skip
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -142,7 +142,12 @@ def test_weight_or_bias_alone_and_every_choice_of_gradients(backend, shape, last
     dy, (weight, bias) = random(shape, seed=2), affine(normalised(shape, last))
     for with_weight, with_bias, activation in itertools.product((False, True), (False, True), (None, "relu", "silu")):
         for needs in itertools.product((False, True), repeat=4):
-            values = [random(shape), random(shape, seed=1), weight if with_weight else None, bias if with_bias else None]
+            values = [
+                random(shape),
+                random(shape, seed=1),
+                weight if with_weight else None,
+                bias if with_bias else None,
+            ]
             inputs = [
                 v.clone().requires_grad_() if n and v is not None else v for v, n in zip(values, needs, strict=True)
             ]
@@ -269,7 +274,9 @@ def test_strides_of_any_kind(backend):
             for fn, into in ((ours, got), (plain, expected)):
                 leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
                 with ssl_fast.backend(backend):
-                    y = fn(leaf if leaf.stride() == x.stride() else leaf + 0, leaf, *parameters, last, activation="relu")
+                    y = fn(
+                        leaf if leaf.stride() == x.stride() else leaf + 0, leaf, *parameters, last, activation="relu"
+                    )
                     into += [y, *torch.autograd.grad(y, leaf, dy)]
             for a, b in zip(got, expected, strict=True):
                 assert error(a, b) < 2e-5, (name, last, kind)
@@ -323,7 +330,8 @@ def test_relu_at_zero(backend):
 
 def test_second_derivatives():
     for shape, last, activation, residual in (
-        ((3, 4), 1, "relu", True), ((2, 3, 2), 2, None, False), ((2, 3, 2), 0, "gelu", True), ((2, 4), 0, "silu", False),
+        ((3, 4), 1, "relu", True), ((2, 3, 2), 2, None, False), ((2, 3, 2), 0, "gelu", True),
+        ((2, 4), 0, "silu", False),
     ):  # fmt: skip
         inputs = [random(shape, torch.float64), random(shape, torch.float64, seed=1)]
         inputs += [t.double() + 0.5 for t in affine(normalised(shape, last))]
@@ -454,7 +462,8 @@ import torch, sys
 from ssl_fast.ops import layer_norm as ops
 torch.manual_seed(0)
 off = 0.0
-for shape, channels in (((9, 21), False), ((3, 64), False), ((3, 1025), False), ((2, 21, 37), True), ((2, 40, 5, 7), True)):
+for shape in ((9, 21), (3, 64), (3, 1025), (2, 21, 37), (2, 40, 5, 7)):
+    channels = len(shape) > 2
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, r, dy = ((torch.randn(shape) * 3 + 1).to(dtype) for _ in range(3))
         w, b = torch.randn(2, shape[1])
