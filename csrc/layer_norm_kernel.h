@@ -70,6 +70,8 @@ struct Line {
     return n == kLanes || at + i + kLanes <= end ? load_as_float(at + i) : load_first(at + i, n);
   }
   explicit SSL_FAST_INLINE operator bool() const { return at != nullptr; }
+  // Asks for what a later step reads first, while this one computes and writes.
+  SSL_FAST_INLINE void prefetch(int64_t i) const { __builtin_prefetch(at + i, 0, 2); }
 };
 
 template <class T>
@@ -144,9 +146,11 @@ void forward_rows(const Problem& p, int64_t first, int64_t last) {
     }
     for (int64_t r = 0; r < count; ++r) {
       const auto x = Line<T>::of(p, p.x, (begin + r) * D), residual = Line<T>::of(p, p.residual, (begin + r) * D);
+      const auto next = Line<T>::of(p, p.x, (begin + r + step) * D);
       T* const y = line_of<T>(p.y, (begin + r) * D);
       const float mean = at[r].mean, invstd = at[r].invstd, offset = -at[r].low * invstd;
       for_each_vector_of(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+        next.prefetch(i);
         V u = ((x(i, k) - mean) * invstd + offset) * load(weight + i) + load(bias + i);
         if (residual) u += residual(i, k);
         store_first(y + i, finish<kActivation>(u, activation), k, stream);
@@ -199,8 +203,11 @@ void backward_rows(const Problem& p, int64_t first, int64_t last, double* sums, 
       }
       for (int64_t r = 0; r < count; ++r) {
         const Row row = row_of(begin + r);
+        const auto next_x = Line<T>::of(p, p.x, (begin + r + step) * D), next_dy = Line<T>::of(p, p.dy, (begin + r + step) * D);
         T *const dx = line_of<T>(p.dx, (begin + r) * D), *const dresidual = line_of<T>(p.dresidual, (begin + r) * D);
         for_each_vector_of(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+          next_x.prefetch(i);
+          next_dy.prefetch(i);
           const V xhat = row.normalised(i, k), dz = row.gradient(xhat, i, k);
           if (dresidual != nullptr) store_first(dresidual + i, dz, k, stream);
           if (dx != nullptr) store_first(dx + i, (dz * load(weight + i) - even[r] - xhat * along[r]) * row.invstd, k, stream);
