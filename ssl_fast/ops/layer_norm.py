@@ -157,7 +157,7 @@ layer_norm_fwd = Op(
     "int activation) -> (Tensor, Tensor)",
     _fwd_reference,
     fake=_fwd_fake,
-    native={"cpu": HALF_AND_FLOAT},
+    native={"cpu": HALF_AND_FLOAT, "cuda": (torch.bfloat16,)},
     triton="ssl_fast.kernels.layer_norm:layer_norm_fwd",
     decides="x",
 )
@@ -168,7 +168,7 @@ layer_norm_bwd = Op(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_reference,
     fake=_bwd_fake,
-    native={"cpu": HALF_AND_FLOAT},
+    native={"cpu": HALF_AND_FLOAT, "cuda": (torch.bfloat16,)},
     triton="ssl_fast.kernels.layer_norm:layer_norm_bwd",
     decides="x",
 )
