@@ -270,10 +270,10 @@ def layer_norm(
     if residual is not None:  # compile wants them distinct
         residual = _laid(residual.view_as(residual) if residual is x else residual, x, channels)
     affine = [t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, bias)]
-    arguments = (x, residual, *affine, math.prod(shape), channels, float(eps), code)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4]):
-        return _LayerNorm.apply(*arguments)
-    return layer_norm_fwd(*arguments)[0]
+    tensors, options = (x, residual, *affine), (math.prod(shape), channels, float(eps), code)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _LayerNorm.apply(*tensors, *options)
+    return layer_norm_fwd(*tensors, *options)[0]
 
 
 def _check(
