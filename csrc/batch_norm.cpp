@@ -32,6 +32,7 @@ namespace {
 namespace portable {
 #include "simd.h"
 #include "simd_types.h"
+#include "activations_simd.h"
 #include "batch_norm_kernel.h"
 }  // namespace portable
 #undef SSL_FAST_LANES
@@ -43,6 +44,7 @@ SSL_FAST_TARGET_BEGIN("avx2,fma,f16c")
 namespace avx2 {
 #include "simd.h"
 #include "simd_types.h"
+#include "activations_simd.h"
 #include "batch_norm_kernel.h"
 }  // namespace avx2
 SSL_FAST_TARGET_END
@@ -55,6 +57,7 @@ SSL_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace avx512 {
 #include "simd.h"
 #include "simd_types.h"
+#include "activations_simd.h"
 #include "batch_norm_kernel.h"
 }  // namespace avx512
 SSL_FAST_TARGET_END

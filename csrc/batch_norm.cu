@@ -16,17 +16,14 @@ __device__ inline void wait_for_grid() { cooperative_groups::this_grid().sync();
 }  // namespace ssl_fast
 
 #include "batch_norm_cuda.h"
+#include "cuda_tensors.h"
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -34,11 +31,7 @@ __device__ inline void wait_for_grid() { cooperative_groups::this_grid().sync();
 namespace {
 
 using namespace ssl_fast::batch_norm;
-using ssl_fast::BFloat16;
-using ssl_fast::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+using namespace ssl_fast;
 
 // The forward has four vectors of x under way at once, the backward two of x and two of dy.
 template <class T, int V, bool kInner>
@@ -75,51 +68,7 @@ auto kernel_for(const Backward&) {
   return backward_kernel<Place>;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t positions(const Tensor& x) {
-  int64_t L = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) L *= x.size(d);
-  return L;
-}
-
-// Rows of channels, or planes, without gaps.
-bool dense(const Tensor& x) {
-  if (x.is_contiguous()) return true;
-  int64_t expected = x.size(1);
-  for (int64_t d = x.dim(); d-- > 2;) {
-    if (x.size(d) != 1 && x.stride(d) != expected) return false;
-    expected *= x.size(d);
-  }
-  return x.stride(1) == 1 && (x.size(0) == 1 || x.stride(0) == expected);
-}
-
-bool channels_innermost(const Tensor& x) { return positions(x) == 1 || (x.size(1) > 1 && x.stride(1) == 1); }
-
 int64_t width_of(const Tensor& x) { return channels_innermost(x) ? x.size(1) : positions(x); }
-
-Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, ScalarType::Float);
-}
-
-Tensor nothing(const Tensor& like, ScalarType type) { return torch::stable::new_empty(like, {0}, type); }
-
-// A tensor as kernels take it: contiguous fp32; it lives as long as the call.
-struct Floats {
-  Tensor tensor;
-  float* data = nullptr;
-
-  Floats() = default;
-  explicit Floats(const OptionalTensor& given) {
-    if (!given) return;
-    const Tensor single = given->scalar_type() == ScalarType::Float ? *given : torch::stable::to(*given, ScalarType::Float);
-    tensor = torch::stable::contiguous(single);
-    data = static_cast<float*>(tensor.mutable_data_ptr());
-  }
-  void write_back(OptionalTensor& given) const {
-    if (given && data != given->const_data_ptr()) torch::stable::copy_(*given, tensor);
-  }
-};
 
 // One operator's call on a dense x, and tensors laid out like it.
 struct Call {

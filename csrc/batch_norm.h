@@ -5,12 +5,10 @@
 // so that sums come out the same to the bit whatever the number of threads.
 #pragma once
 
+#include "activations.h"
 #include "common.h"
 
 namespace ssl_fast::batch_norm {
-
-enum Activation : int64_t { kIdentity, kReLU, kLeakyReLU, kSiLU, kGELU };
-constexpr float kNegativeSlope = 0.01f;
 
 // (S, C) arrays, each row padded to `stride` floats, all of which may be read.
 //   u = (x - mean) * scale + shift        dx = dz * scale + (x - mean) * slope + offset

@@ -26,6 +26,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ssl_fast.ops.batch_norm import NEGATIVE_SLOPE, BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedNorm, _Fused
 from ssl_fast.ops.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from ssl_fast.ops.layer_norm import LayerNorm, LayerNorm2d
 from ssl_fast.sync_batch_norm import SyncBatchNorm
 
 # What is swapped, by exact type: a subclass may do more than its base.
@@ -38,8 +39,9 @@ SWAPS: dict[type, type] = {
     nn.InstanceNorm2d: InstanceNorm2d,
     nn.InstanceNorm3d: InstanceNorm3d,
 }
-OURS = tuple(SWAPS.values())
-NORMS = nn.modules.batchnorm._NormBase  # what a report speaks of
+OURS = tuple(SWAPS.values())  # with which others are fused
+SWAPPED_ALONE: dict[type, type] = {nn.LayerNorm: LayerNorm}
+NORMS = nn.modules.batchnorm._NormBase
 
 # ---- one place where a norm is called
 
@@ -294,6 +296,14 @@ class _TimmBatchNormAct(_Subclass, _Fused):
         return super(_Fused, self).forward(x)  # timm's
 
 
+class _LayerNorm(_Subclass, LayerNorm):
+    """timm's, of tokens."""
+
+
+class _LayerNorm2d(_Subclass, LayerNorm2d):
+    """timm's or torchvision's, of the channels of images."""
+
+
 # By name, so that nothing is imported that the model did not; each for the methods that stand there now.
 KNOWN: dict[str, type] = {
     "torch.nn.modules.container.Sequential": _Sequential,
@@ -304,6 +314,9 @@ KNOWN: dict[str, type] = {
     "timm.models.resnet.Bottleneck": _TimmBottleneck,
     "timm.models.resnet.ResNet": _TimmResNet,
     "timm.layers.norm_act.BatchNormAct2d": _TimmBatchNormAct,
+    "timm.layers.norm.LayerNorm": _LayerNorm,
+    "timm.layers.norm.LayerNorm2d": _LayerNorm2d,
+    "torchvision.models.convnext.LayerNorm2d": _LayerNorm2d,
 }
 
 
@@ -326,7 +339,7 @@ def _twin(module: nn.Module, cls: Any) -> Any:
 
 def _candidate(module: Any) -> Any:
     """The class that a module of a known one would have."""
-    if isinstance(module, _Subclass) or "forward" in module.__dict__:
+    if isinstance(module, _Subclass) or "forward" in module.__dict__ or getattr(module, "_fast_norm", False):
         return None
     kind: Any = type(module)
     mixin = _mixin(kind)
@@ -587,7 +600,7 @@ def _survey(model: nn.Module) -> tuple[list[Site], set[nn.Module]]:
 
 @dataclass(repr=False)
 class Report:
-    """What `accelerate` did: of each batch or instance norm, by name, what it is fused with, or why with nothing.
+    """What `accelerate` did: of each norm, by name, what it is fused with, or why with nothing.
 
     Attributes:
         model: what to use from here on: the model given, or, where torch.fx had to rebuild its forward, a copy of it
@@ -629,14 +642,16 @@ class Report:
 
 
 def accelerate(model: nn.Module, *, fuse: bool = True, trace: bool = True) -> Report:
-    """Put ssl_fast's batch and instance norms in the place of torch's in a built model, and fuse what follows them.
+    """Put ssl_fast's norms in the place of torch's in a built model, and fuse what follows batch and instance norms.
 
     In place: a norm of torch.nn becomes that of ssl_fast.nn by its class, so that parameters, buffers, names, hooks,
     the state dict and what optimisers refer to stay as they are. norm -> activation and norm -> add -> activation
     become one operator (ReLU, LeakyReLU(0.01), SiLU, GELU) in the blocks and stems of torchvision's and timm's
     ResNets, in timm's BatchNormAct2d and in every nn.Sequential. Where a forward of your own calls the norm, torch.fx
-    looks for the same: `report.model` is then a copy that shares all modules and has the rebuilt forward, which keeps the
-    control flow it has now; where torch.fx cannot trace, the norms are swapped alone, and the report says why.
+    looks for the same: `report.model` is then a copy that shares all modules and has the rebuilt forward, which keeps
+    the control flow it has now; where torch.fx cannot trace, the norms are swapped alone, and the report says why.
+    Layer norms are always swapped alone: torch's, timm's, and the LayerNorm2d of torchvision and timm, whose result
+    then keeps the memory format of its input.
 
     The result is that of the unchanged model, within rounding, hooks included: a norm or activation that has hooks is
     called as before, whenever they were registered. A rebuilt forward calls the parts of the modules it went through
@@ -678,10 +693,13 @@ def _accelerate(model: nn.Module, fuse: bool, trace: bool, changed: list[nn.Modu
         changed.append(module)
 
     report = Report(model)
-    norms = {module: name for name, module in model.named_modules() if isinstance(module, NORMS)}
+    norms = {module: name for name, module in model.named_modules() if isinstance(module, (NORMS, nn.LayerNorm))}
     for norm in norms:
-        if type(norm) in SWAPS and "forward" not in norm.__dict__:
-            become(norm, SWAPS[type(norm)])
+        cls = (SWAPS | SWAPPED_ALONE).get(type(norm))
+        if cls is None and isinstance(norm, nn.LayerNorm):
+            cls = _candidate(norm)
+        if cls is not None and "forward" not in norm.__dict__:
+            become(norm, cls)
     fused: dict[nn.Module, str] = {}
     reasons: dict[nn.Module, str] = {}
     if fuse:
@@ -715,10 +733,12 @@ def _accelerate(model: nn.Module, fuse: bool, trace: bool, changed: list[nn.Modu
                 for site in _sites(report.model):
                     fused.setdefault(site.norm, f"{site.what()}, in report.model")
     for norm, name in norms.items():
-        if not isinstance(norm, FusedNorm):
+        if not isinstance(norm, (FusedNorm, LayerNorm)):
             report.left[name] = _left(norm)
         elif norm in fused:
             report.fused[name] = fused[norm]
+        elif isinstance(norm, LayerNorm):
+            report.swapped[name] = "a layer norm"
         else:
             report.swapped[name] = reasons.get(norm, "no supported activation follows" if fuse else "fuse=False")
     report.changed = len(changed)
@@ -732,6 +752,8 @@ def _left(norm: nn.Module) -> str:
         return "it is parametrised"
     if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
         return "it is not initialised: run a batch first"
+    if getattr(norm, "_fast_norm", False):
+        return "timm's fast_norm rounds as autocast does"
     if _candidate(norm) is not None:
         return "fuse=False"
     return f"{type(norm).__name__} is a subclass that is not known"

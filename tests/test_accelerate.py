@@ -598,3 +598,63 @@ def test_a_forward_with_optional_arguments_is_not_rebuilt():
     report = accelerate(model)
     assert report.model is model and "skip" in str(report)
     assert model(torch.ones(2, 3, 4, 4)).shape == (2, 4, 4, 4)
+
+
+class _Tiny:
+    """The smallest models of each kind that still have every block."""
+
+    @staticmethod
+    def vit() -> nn.Module:
+        return torchvision.models.VisionTransformer(32, 16, 2, 2, 12, 24, num_classes=3)
+
+    @staticmethod
+    def convnext() -> nn.Module:
+        from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+        return ConvNeXt([CNBlockConfig(8, 12, 1), CNBlockConfig(12, None, 1)], num_classes=3)
+
+    @staticmethod
+    def timm_vit() -> nn.Module:
+        timm = pytest.importorskip("timm")
+        return timm.models.VisionTransformer(32, 16, num_classes=3, embed_dim=12, depth=2, num_heads=2)
+
+    @staticmethod
+    def timm_convnext() -> nn.Module:
+        timm = pytest.importorskip("timm")
+        return timm.models.ConvNeXt(num_classes=3, depths=(1, 1, 1, 1), dims=(8, 8, 12, 12))
+
+
+@pytest.mark.parametrize("name", ["vit", "convnext", "timm_vit", "timm_convnext"])
+def test_layer_norms_are_swapped(name: str) -> None:
+    eager = getattr(_Tiny, name)().double()
+    for p in eager.parameters():
+        nn.init.normal_(p, std=0.3)
+    mine = copy.deepcopy(eager)
+    classes = [type(m) for m in mine.modules()]
+    report = accelerate(mine)
+    norms = [n for n, m in eager.named_modules() if isinstance(m, nn.LayerNorm)]
+    assert norms and list(report.swapped) == norms and not report.left and not report.fused
+    assert report.changed == len(norms) and report.model is mine and "a layer norm" in str(report)
+    ours = (ssl_fast.nn.LayerNorm, ssl_fast.nn.LayerNorm2d)
+    assert all(isinstance(mine.get_submodule(n), ours) for n in norms)
+    if "convnext" in name:
+        assert any(isinstance(m, ssl_fast.nn.LayerNorm2d) for m in mine.modules())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        equal(mine, eager, image(2, 3, 32, 32).to(memory_format=layout))
+    again = pickle.loads(pickle.dumps(mine))
+    assert [type(m) for m in again.modules()] == [type(m) for m in mine.modules()]
+    assert accelerate(mine).changed == 0
+    assert [type(m) for m in report.restore().modules()] == classes
+
+
+def test_layer_norms_that_do_more_are_left() -> None:
+    timm = pytest.importorskip("timm")
+
+    class Mine(nn.LayerNorm):
+        pass
+
+    model = nn.Sequential(Mine(4), timm.layers.LayerNormFp32(4), timm.layers.LayerNorm(4), timm.layers.LayerNorm(4))
+    model[2]._fast_norm = True
+    report = accelerate(model)
+    assert list(report.left) == ["0", "1", "2"] and list(report.swapped) == ["3"]
+    assert "fast_norm" in report.left["2"] and "LayerNormFp32 is a subclass" in report.left["1"]

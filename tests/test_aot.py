@@ -118,11 +118,41 @@ def launch_batch_norm(module, complete):
                 launch(dtype, activation, residual, 0.1, last, splits=8, running=False)
 
 
+def launch_layer_norm(module, complete):
+    """Rows of a ViT, wider ones that take two sweeps, and the channels of images in both formats."""
+    import torch
+
+    def launch(dtype, shape, channels, activation, residual, layout=torch.contiguous_format):
+        x = torch.zeros(shape, dtype=dtype)
+        x = x.contiguous(memory_format=layout) if len(shape) == 4 else x
+        width = shape[1]
+        w, residual = torch.zeros(width), x if residual else None
+        _, stats = module.layer_norm_fwd(x, residual, w, w, width, channels, 1e-5, activation)
+        through = activation != 0
+        saved = (x, x, residual if through else None, w, w, stats, width, channels, activation)
+        module.layer_norm_bwd(*saved, True, through, True)
+
+    planes = (4, 96, 14, 14)
+    launch(torch.bfloat16, (64, 768), False, 0, False)
+    launch(torch.float32, (64, 4096), False, 0, False)
+    launch(torch.bfloat16, (8, 16384), False, 1, True)
+    launch(torch.float16, planes, True, 0, False)
+    launch(torch.float32, (4, 768, 14, 14), True, 4, True)
+    if complete:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for activation, residual in itertools.product(range(5), (True, False)):
+                for width in (3, 65, 384, 1024, 1025, 4097, 8192, 65537):
+                    launch(dtype, (64, width), False, activation, residual)
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    launch(dtype, planes, True, activation, residual, layout)
+
+
 LAUNCHES = {
     "nt_xent": launch_nt_xent,
     "info_nce": launch_info_nce,
     "ema": launch_ema,
     "batch_norm": launch_batch_norm,
+    "layer_norm": launch_layer_norm,
 }
 
 
@@ -190,7 +220,20 @@ def describe(arguments, options):
     import torch
 
     dtype = next(str(v.dtype).removeprefix("torch.") for v in arguments.values() if isinstance(v, torch.Tensor))
-    shown = ("NORMALIZE", "BLOCK_M", "BLOCK_N", "DP", "D", "INNERMOST", "ACTIVATION", "VECTOR", "BLOCK_R", "BLOCK_K")
+    shown = (
+        "NORMALIZE",
+        "BLOCK_M",
+        "BLOCK_N",
+        "DP",
+        "D",
+        "INNERMOST",
+        "ACTIVATION",
+        "VECTOR",
+        "BLOCK_R",
+        "BLOCK_K",
+        "BLOCK_D",
+        "PLANES",
+    )
     sizes = " ".join(f"{name}={int(arguments[name])}" for name in shown if name in arguments)
     return dtype, f"{sizes} " + " ".join(f"{name}={value}" for name, value in options.items())
 
