@@ -6,7 +6,7 @@ constexpr int64_t kFirst = 256, kFirstRows = 8;  // values of a channel whose me
 
 // ---- what each element needs
 
-// Pointers to what a split's lines hold; at(line) moves them there.
+// Pointers to what a split's lines hold; at(line, c) moves them there, c the channel of a plane or 0.
 template <class T, bool kPlanes>
 struct Reader {
   const T *x, *dy, *residual;
@@ -14,7 +14,7 @@ struct Reader {
   const uint8_t* mask;
   uint8_t* new_mask;
   const float *mean, *scale, *shift, *slope, *offset;
-  int64_t length, channels, activation;
+  int64_t length, activation;
   bool has_residual, has_mask, stream;
 
   Reader(const Problem& p, int64_t split)
@@ -24,12 +24,12 @@ struct Reader {
         mean(p.per.mean + split * p.per.stride), scale(p.per.scale + split * p.per.stride),
         shift(p.per.shift + split * p.per.stride), slope(p.per.slope + split * p.per.stride),
         offset(p.per.offset + split * p.per.stride),
-        length(p.length), channels(p.channels), activation(p.activation),
+        length(p.length), activation(p.activation),
         has_residual(p.residual != nullptr), has_mask(p.mask != nullptr || p.new_mask != nullptr), stream(p.stream) {}
 
-  SSL_FAST_INLINE Reader at(int64_t line) const {
+  SSL_FAST_INLINE Reader at(int64_t line, int64_t c) const {
     Reader r = *this;
-    const int64_t element = line * length, byte = line * ceil_div(length, 8), c = kPlanes ? line % channels : 0;
+    const int64_t element = line * length, byte = line * ceil_div(length, 8);
     r.x += element, r.dy += element, r.residual += element, r.y += element, r.dx += element, r.dresidual += element;
     r.mask += byte, r.new_mask += byte;
     r.mean += c, r.scale += c, r.shift += c, r.slope += c, r.offset += c;
@@ -64,22 +64,22 @@ SSL_FAST_INLINE void for_each_vector_of(int64_t length, const F& f) {
   if (i < length) f(i, static_cast<int>(length - i));
 }
 
-// f(line) for each line of a block.
+// f(line, c) for each line of a block.
 template <class F>
 SSL_FAST_INLINE void for_each_line(const Problem& p, const Block& b, const F& f) {
   if (!p.planes) {
-    for (int64_t line = b.first; line < b.first + b.count; ++line) f(line);
+    for (int64_t line = b.first; line < b.first + b.count; ++line) f(line, 0);
     return;
   }
   for (int64_t image = b.first; image < b.first + b.count; ++image)
-    for (int64_t c = b.first_channel; c < b.first_channel + b.channels; ++c) f(image * p.channels + c);
+    for (int64_t c = b.first_channel; c < b.first_channel + b.channels; ++c) f(image * p.channels + c, c);
 }
 
 template <class T, bool kPlanes, int64_t kActivation, bool kResidual>
 void apply_block(const Problem& p, const Block& b) {
   const Reader<T, kPlanes> all{p, b.split};
-  for_each_line(p, b, [&](int64_t line) SSL_FAST_LAMBDA {
-    const auto r = all.at(line);
+  for_each_line(p, b, [&](int64_t line, int64_t c) SSL_FAST_LAMBDA {
+    const auto r = all.at(line, c);
     for_each_vector_of(r.length, [&](int64_t i, int n) SSL_FAST_LAMBDA {
       V u = r.pre_activation(r.centred(i, n), i);
       if (kResidual && r.has_residual) {
@@ -95,8 +95,8 @@ template <class T, bool kPlanes, int64_t kActivation>
 void backward_block(const Problem& p, const Block& b) {
   const Reader<T, kPlanes> all{p, b.split};
   const bool need_dx = p.dx != nullptr, need_dresidual = p.dresidual != nullptr, batch = p.batch;
-  for_each_line(p, b, [&](int64_t line) SSL_FAST_LAMBDA {
-    const auto r = all.at(line);
+  for_each_line(p, b, [&](int64_t line, int64_t c) SSL_FAST_LAMBDA {
+    const auto r = all.at(line, c);
     for_each_vector_of(r.length, [&](int64_t i, int n) SSL_FAST_LAMBDA {
       const V x = r.centred(i, n);
       const V dz = r.template gradient<kActivation>(x, i, n);
@@ -127,7 +127,7 @@ SSL_FAST_INLINE void sum_rows(const Problem& p, const Block& b, const R& all, fl
     std::fill(work, work + 2 * padded, 0.0f);
     // Row by row: several at a time would spare loads and stores of the sums, but memory likes one stream best.
     for (int64_t row = begin; row < end; ++row) {
-      const R r = all.at(row);
+      const R r = all.at(row, 0);
       for_each_vector_of(p.channels, [&](int64_t i, int n) SSL_FAST_LAMBDA {
         const Terms t = terms(r, i, n);
         store(first + i, load(first + i) + t.first);
@@ -152,7 +152,7 @@ SSL_FAST_INLINE void sum_planes(const Problem& p, const Block& b, const R& all, 
       std::fill(sums, sums + 2 * kLanes * b.channels, 0.0f);
       for (int64_t k = image; k < end; ++k)
         for (int64_t c = 0; c < b.channels; ++c) {
-          const R r = all.at(k * p.channels + b.first_channel + c);
+          const R r = all.at(k * p.channels + b.first_channel + c, b.first_channel + c);
           float* const own = sums + 2 * kLanes * c;
           constexpr int kChains = 4;
           V sum[kChains] = {load(own)}, sum2[kChains] = {load(own + kLanes)};

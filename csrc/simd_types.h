@@ -7,13 +7,13 @@ SSL_FAST_INLINE V as_float(VInt bits) { return reinterpret_cast<V>(bits); }
 SSL_FAST_INLINE VInt as_int(V v) { return reinterpret_cast<VInt>(v); }
 
 // GCC makes four instructions of these conversions where one or two do.
-SSL_FAST_INLINE VInt widen(const void* p) {
+SSL_FAST_INLINE VInt widen(VShort v) {
 #if SSL_FAST_X86_LANES == 16
-  return (VInt)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  return (VInt)_mm512_cvtepu16_epi32((__m256i)v);
 #elif SSL_FAST_X86_LANES == 8
-  return (VInt)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  return (VInt)_mm256_cvtepu16_epi32((__m128i)v);
 #else
-  return __builtin_convertvector(*static_cast<const VShortUnaligned*>(p), VInt);
+  return __builtin_convertvector(v, VInt);
 #endif
 }
 
@@ -31,22 +31,27 @@ SSL_FAST_INLINE VShort narrow(VInt v) {
 
 SSL_FAST_INLINE V load_as_float(const float* p) { return load(p); }
 
-SSL_FAST_INLINE V load_as_float(const BFloat16* p) { return as_float(widen(p) << 16); }
+SSL_FAST_INLINE V to_float(VShort bits, BFloat16) { return as_float(widen(bits) << 16); }
 
 #if SSL_FAST_X86_LANES == 16
-SSL_FAST_INLINE V load_as_float(const Half* p) { return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+SSL_FAST_INLINE V to_float(VShort bits, Half) { return (V)_mm512_cvtph_ps((__m256i)bits); }
 #elif SSL_FAST_X86_LANES == 8
-SSL_FAST_INLINE V load_as_float(const Half* p) { return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+SSL_FAST_INLINE V to_float(VShort bits, Half) { return (V)_mm256_cvtph_ps((__m128i)bits); }
 #else
 // A half's exponent and mantissa, shifted up, are a float too small by 2^112, subnormal ones included; but inf and NaN
 // need the largest exponent.
-SSL_FAST_INLINE V load_as_float(const Half* p) {
-  const VInt half = widen(p), magnitude = (half & 0x7fff) << 13;
+SSL_FAST_INLINE V to_float(VShort bits, Half) {
+  const VInt half = widen(bits), magnitude = (half & 0x7fff) << 13;
   const VInt finite = as_int(as_float(magnitude) * 0x1p112f);
   const VInt special = magnitude >= (0x7c00 << 13);
   return as_float(finite | (special & 0x7f800000) | (half & 0x8000) << 16);
 }
 #endif
+
+template <class T>
+SSL_FAST_INLINE V load_as_float(const T* p) {
+  return to_float(*reinterpret_cast<const VShortUnaligned*>(p), T{});
+}
 
 // To nearest even.
 SSL_FAST_INLINE VShort rounded(V v, BFloat16) {
@@ -93,24 +98,100 @@ SSL_FAST_INLINE void store_as(T* p, V v, bool stream) {
   *reinterpret_cast<VShortUnaligned*>(p) = bits;
 }
 
-// The first n elements, and 0 in the lanes beyond.
+SSL_FAST_INLINE VInt first_lanes(int n) { return lane_index() < n; }
+
+// The first n elements, and 0 in the lanes beyond. By masks, or by pieces of 4, 2 and 1: a vector that is loaded from an
+// array filled one by one has to wait until that has reached the cache.
+SSL_FAST_INLINE V load_some(const float* p, int n) {
+#if SSL_FAST_X86_LANES == 16
+  return (V)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+#elif SSL_FAST_X86_LANES == 8
+  return (V)_mm256_maskload_ps(p, (__m256i)first_lanes(n));
+#else
+  float some[kLanes] = {};
+  for (int i = 0; i < n; ++i) some[i] = p[i];
+  return load(some);
+#endif
+}
+
 template <class T>
-SSL_FAST_INLINE V load_first(const T* p, int n) {
-  if (n == kLanes) return load_as_float(p);
+SSL_FAST_INLINE V load_some(const T* p, int n) {
+#if SSL_FAST_X86_LANES == 16
+  return to_float((VShort)_mm256_maskz_loadu_epi16((1u << n) - 1, p), T{});
+#elif SSL_FAST_X86_LANES == 8
+  const auto fewer_than_4 = [](const T* from, int count) {
+    uint32_t two = 0;
+    uint16_t one = 0;
+    if (count & 2) std::memcpy(&two, from, sizeof two);
+    if (count & 1) std::memcpy(&one, from + (count & 2), sizeof one);
+    return count & 2 ? two | uint64_t{one} << 32 : uint64_t{one};
+  };
+  uint64_t low, high = 0;
+  if (n & 4) {
+    std::memcpy(&low, p, sizeof low);
+    high = fewer_than_4(p + 4, n - 4);
+  } else {
+    low = fewer_than_4(p, n);
+  }
+  return to_float((VShort)_mm_set_epi64x(static_cast<int64_t>(high), static_cast<int64_t>(low)), T{});
+#else
   T some[kLanes] = {};
   for (int i = 0; i < n; ++i) some[i] = p[i];
   return load_as_float(some);
+#endif
+}
+
+template <class T>
+SSL_FAST_INLINE V load_first(const T* p, int n) {
+  return n == kLanes ? load_as_float(p) : load_some(p, n);
+}
+
+SSL_FAST_INLINE void store_some(float* p, V v, int n) {
+#if SSL_FAST_X86_LANES == 16
+  _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
+#elif SSL_FAST_X86_LANES == 8  // whose masked stores are slow on some
+  __m128 part = _mm256_castps256_ps128((__m256)v);
+  if (n & 4) {
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps((__m256)v, 1);
+    p += 4;
+  }
+  if (n & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+    part = _mm_movehl_ps(part, part);
+    p += 2;
+  }
+  if (n & 1) _mm_store_ss(p, part);
+#else
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
+template <class T>
+SSL_FAST_INLINE void store_some(T* p, V v, int n) {
+  const VShort bits = rounded(v, T{});
+#if SSL_FAST_X86_LANES == 16
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1, (__m256i)bits);
+#elif SSL_FAST_X86_LANES == 8
+  __m128i part = (__m128i)bits;
+  if (n & 4) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), part);
+    part = _mm_srli_si128(part, 8);
+    p += 4;
+  }
+  const uint32_t two = static_cast<uint32_t>(_mm_cvtsi128_si32(part));
+  const uint16_t one = static_cast<uint16_t>(n & 2 ? _mm_extract_epi16(part, 2) : two);
+  if (n & 2) std::memcpy(p, &two, sizeof two);
+  if (n & 1) std::memcpy(p + (n & 2), &one, sizeof one);
+#else
+  for (int i = 0; i < n; ++i) std::memcpy(p + i, reinterpret_cast<const uint16_t*>(&bits) + i, sizeof(T));
+#endif
 }
 
 template <class T>
 SSL_FAST_INLINE void store_first(T* p, V v, int n, bool stream = false) {
-  if (n == kLanes) return store_as(p, v, stream);
-  T some[kLanes];
-  store_as(some, v, false);
-  for (int i = 0; i < n; ++i) p[i] = some[i];
+  n == kLanes ? store_as(p, v, stream) : store_some(p, v, n);
 }
-
-SSL_FAST_INLINE VInt first_lanes(int n) { return lane_index() < n; }
 
 // A bit a lane from lanes of all ones or zeros, and back.
 SSL_FAST_INLINE unsigned to_bits(VInt lanes) {
