@@ -262,6 +262,8 @@ def test_strides_of_any_kind(backend):
         "sequence": random((2, 9, 6)).transpose(1, 2),
         "columns": random((6, 9)).t(),
     }
+    if backend == "triton" and DEVICE == "cpu":
+        inputs = {name: inputs[name] for name in ("sliced", "channels_last")}
     for (name, x), last in itertools.product(inputs.items(), (0, 1)):
         parameters = affine(normalised(x.shape, last))
         gradients = {
