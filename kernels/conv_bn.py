@@ -31,8 +31,11 @@ CODES_AT = tl.constexpr(len(ROW) - 6)
 def _vector(row, COLUMN: tl.constexpr, at, mask, absent: tl.constexpr, CODES_AT: tl.constexpr):
     """fp64 values of a vector of a layer or norm, where it has one."""
     address = tl.load(row + COLUMN)
-    there = mask & (address != 0)
-    return tl.where(there, load_as(address, tl.load(row + CODES_AT + COLUMN), at, there, tl.float64, False), absent)
+    if address != 0:
+        x = load_as(address, tl.load(row + CODES_AT + COLUMN), at, mask, tl.float64, False)
+    else:
+        x = tl.full(at.shape, absent, tl.float64)
+    return x
 
 
 @triton.jit
@@ -112,9 +115,7 @@ def conv_bn_fold_(
     table, owner = found
     if len(owner):
         with torch.cuda.device_of(targets[0]):
-            _fold_kernel[(len(owner),)](
-                table, owner, COLUMNS=len(ROW), CODES_AT=CODES_AT, RUNS=RUNS, WIDTH=WIDTH
-            )
+            _fold_kernel[(len(owner),)](table, owner, COLUMNS=len(ROW), CODES_AT=CODES_AT, RUNS=RUNS, WIDTH=WIDTH)
 
 
 def _channels(weight: Tensor, groups: int) -> tuple[int, ...]:

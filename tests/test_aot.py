@@ -115,11 +115,20 @@ def launch_batch_norm(module, complete):
                 launch(dtype, activation, residual, 0.1, last)
 
 
+def launch_conv_bn(module, complete):
+    """A weight, a bias and a copy: every table has the same signature."""
+    import torch
+
+    weight, vector, count = torch.zeros(8, 4, 3, 3), torch.zeros(8), torch.zeros(3, dtype=torch.int64)
+    module.conv_bn_fold_([weight, vector, count], [weight, vector, count], [vector] * 4, [1e-5], [0])
+
+
 LAUNCHES = {
     "nt_xent": launch_nt_xent,
     "info_nce": launch_info_nce,
     "ema": launch_ema,
     "batch_norm": launch_batch_norm,
+    "conv_bn": launch_conv_bn,
 }
 
 

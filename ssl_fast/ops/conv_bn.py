@@ -1,8 +1,8 @@
-"""Batch norm of running statistics folded into the convolution or linear layer in front of it: with s, per output channel,
+"""Batch norm of running statistics folded into the convolution or linear layer in front of it. Per output channel,
 
     s = gamma / sqrt(var + eps)        W <- s W        b <- s (b - mean) + beta
 
-computed in fp64 from the unrounded operands and rounded to the target's dtype at the end. `ssl_fast.fold_conv_bn` folds whole networks.
+in fp64, rounded to the layer's dtype at the end. `ssl_fast.fold_conv_bn` folds whole networks.
 """
 
 from __future__ import annotations
