@@ -17,7 +17,7 @@ from ssl_fast.data import ImageData, Loader, Split, in_order, load_data
 from ssl_fast.fold import _Folded, eval_mode, fold_conv_bn
 from ssl_fast.run import pick_device, read_checkpoint
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ssl_fast")
 PROTOCOLS = ("knn", "linear")
 KNN_T = 0.07
 
@@ -94,7 +94,7 @@ def load_encoder(saved: dict[str, Any], model: nn.Module | None = None) -> nn.Mo
 
 
 def folded(encoder: nn.Module, data: ImageData, device: torch.device) -> nn.Module:
-    """The encoder with its batch norms folded, or itself where that is not possible; a folded one is brought up to date.
+    """The encoder with its batch norms folded, or itself where that cannot be; a folded one is brought up to date.
 
     Keep the result from evaluation to evaluation of a training run: then folding costs a copy of the weights.
     """

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import OrderedDict
+import warnings
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -172,13 +173,13 @@ def _mismatch(layer: Any, norm: Any) -> str | None:
 class _Checked:
     """A folded layer that refuses inputs whose outputs the norm would have normalised along another dimension."""
 
-    def forward(self, input: Tensor, *args: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rank = _rank(self)
         torch._assert(
             input.dim() == rank,
             f"input: got another number of dimensions than {rank}, for which the batch norm was folded into this layer",
         )
-        return super().forward(input, *args)  # type: ignore[misc]
+        return super().forward(input, *args, **kwargs)  # type: ignore[misc]
 
 
 class FoldedLinear(_Checked, nn.Linear):
@@ -264,14 +265,11 @@ def _rest(norm: Any) -> nn.Module:
 
 
 def _leaf(module: nn.Module) -> bool:
-    whole = (*LAYERS, nn.modules.conv._ConvNd, *NORMS_AND_RESTS)
+    whole = (*LAYERS, nn.modules.conv._ConvNd, Epilogue, _Several)
     plain = module.__module__.startswith("torch.nn") and not isinstance(
         module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     )
     return isinstance(module, whole) or plain or _known_norm(module)
-
-
-NORMS_AND_RESTS = (NORMS, Epilogue, _Several)
 
 
 class _Tracer(fx.Tracer):
@@ -309,21 +307,20 @@ def _first_line(error: Exception) -> str:
 
 def _traces(module: nn.Module, watched: set[nn.Module]) -> tuple[list[fx.Graph], dict[str, str | None]] | str:
     """The calls in a module's forward, with its optional arguments left out and, where that is possible, given."""
-    try:
-        parameters = inspect.signature(module.forward).parameters.values()
-        optional = {p.name: p.default for p in parameters if p.default is not p.empty}
-        tracer = _Tracer(watched)
-        graphs = [tracer.trace(module, optional or None)]
-    except Exception as error:
-        return _first_line(error)
-    opaque = tracer.opaque
-    if optional:
-        tracer = _Tracer(watched)
+    graphs: list[fx.Graph] = []
+    opaque: dict[str, str | None] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of defaults that a graph would not check
         try:
-            graphs.append(tracer.trace(module))
-            opaque = opaque | tracer.opaque
-        except Exception:  # noqa: S110 - then the default is all that can be known
-            pass
+            parameters = inspect.signature(module.forward).parameters.values()
+            optional = {p.name: p.default for p in parameters if p.default is not p.empty}
+            for given in [optional, {}] if optional else [{}]:
+                tracer = _Tracer(watched)
+                graphs.append(tracer.trace(module, given or None))
+                opaque |= tracer.opaque
+        except Exception as error:
+            if not graphs:
+                return _first_line(error)
     return graphs, opaque
 
 
@@ -341,8 +338,14 @@ class _Region:
         return not isinstance(traces, str) and _targets(traces[0]) == _targets(self.graphs)
 
 
-def _targets(graphs: list[fx.Graph]) -> list[list[tuple[str, str]]]:
-    return [[(node.op, str(node.target)) for node in graph.nodes] for graph in graphs]
+def _targets(graphs: list[fx.Graph]) -> list[Counter[str]]:
+    """How often each module is called; accelerate's forwards may choose another order where a norm is not theirs."""
+    found = []
+    for graph in graphs:
+        nodes = [n for n in graph.nodes if n.op == "call_module"]
+        nodes += [a for n in graph.nodes if n.target is norm_act for a in n.args[1:3] if isinstance(a, fx.Node)]
+        found.append(Counter(str(node.target) for node in nodes))
+    return found
 
 
 def _shell(model: nn.Module) -> tuple[nn.Module, set[nn.Module]]:
@@ -423,7 +426,7 @@ def _read(region: _Region, graph: fx.Graph, calls: _Calls) -> None:
         calls.region.setdefault(norm, region)
         source = node.args[0] if node.args else None
         layer = module_of(source)
-        if layer is None or _known_layer(layer) is None and not isinstance(layer, LAYERS):
+        if not isinstance(layer, LAYERS):
             calls.reasons.setdefault(norm, _other_input(region, node, source, layer))
         elif len(source.users) != 1:
             calls.reasons.setdefault(norm, f"the output of its layer is used {len(source.users)} times")
@@ -443,13 +446,9 @@ def _read(region: _Region, graph: fx.Graph, calls: _Calls) -> None:
             calls.region.setdefault(layer, region)
             calls.after.setdefault(layer, []).append(folded.get(node))
         if node.op == "get_attr" and not all(user.target is norm_act for user in node.users):
-            target = str(node.target)
-            owner = target.rpartition(".")[0]
-            for path in (target, owner, owner.rpartition(".")[0]):  # a parametrised weight lies two levels below
-                try:
-                    calls.touched.add(region.module.get_submodule(path))
-                except AttributeError:
-                    continue
+            path = str(node.target)
+            while path := path.rpartition(".")[0]:  # a parametrised weight lies three levels below its layer
+                calls.touched.add(region.module.get_submodule(path))
 
 
 def _other_input(region: _Region, node: fx.Node, source: Any, layer: nn.Module | None) -> str:
@@ -501,7 +500,8 @@ def _planned(calls: _Calls, reasons: dict[nn.Module, str], names: dict[nn.Module
         norms = followers(layer)
         alone = not others and None not in norms and all(calls.before[n] == {layer} for n in norms if n is not None)
         rest = _rest(norm)
-        if not alone or layer in calls.moved or list(rest.parameters()):
+        stateful = any(list(_rest(n).parameters()) for n in norms if n is not None)
+        if not alone or layer in calls.moved or stateful:
             shared = next(c for c in layers if followers(c) != {norm})
             reasons[norm] = f"{names[shared]} is called elsewhere too, not always in front of this norm"
             continue
@@ -554,8 +554,9 @@ class _Origin:
         self.pairs = list(pairs)  # the folded layer's name, the layer, the norm
         self.replaced = list(replaced)  # in place: the parent's name, the child's, the module that stood there
         self.cls = cls
-        self.ids: list[int] = []
-        self.versions: list[Any] = []
+        self.table: Any = None
+        self.tensors_of_table: list[int] = []
+        self.seen: list[Any] = []  # the state of all tensors after the last fold
 
     def __deepcopy__(self, memo: Any) -> _Origin:
         return _Origin(self.source, self.pairs, self.replaced, self.cls)
@@ -589,12 +590,12 @@ class _Folded(_Subclass):
             RuntimeError: for a model that was loaded from a file, or whose source has changed its structure.
         """
         origin = self._known_origin("refresh")
-        ours, theirs = [t for t in _registered(self) if t is not None], origin.tensors()
-        ids = [*map(id, ours), *map(id, theirs)]
-        if ids != origin.ids:
-            origin.table, origin.ids, origin.versions = self._table(origin), ids, []
-        if not force and origin.versions == _versions(ours, theirs):
+        state = self._state()
+        if not force and state == origin.seen:
             return False
+        tensors = [tensor for tensor, *_ in state]
+        if origin.table is None or tensors != origin.tensors_of_table:
+            origin.table, origin.tensors_of_table = self._table(origin), tensors
         targets, layers, copies, norms, eps, groups = origin.table
         with torch.no_grad():
             values = [_value(layer, "weight") for layer in layers], [_value(layer, "bias") for layer in layers]
@@ -607,7 +608,7 @@ class _Folded(_Subclass):
                     f"{targets[0].device}; move one to the other"
                 )
             fold_(targets, sources, norms, eps, groups)
-        origin.versions = _versions(ours, theirs)
+        origin.seen = self._state()
         return True
 
     def unfold(self: Any) -> nn.Module:
@@ -652,6 +653,11 @@ class _Folded(_Subclass):
             raise RuntimeError(f"{method}: got a model from a file, which has no source; fold the source model again")
         return self._origin
 
+    def _state(self: Any) -> list[Any]:
+        """Changes with any tensor. One of inference mode counts no versions, and is never known to be as before."""
+        tensors = [t for t in (*_registered(self), *self._origin.tensors()) if t is not None]
+        return [(id(t), t.data_ptr(), object() if t.is_inference() else t._version) for t in tensors]
+
     def _table(self: Any, origin: _Origin) -> tuple[Any, ...]:
         """What the operator takes, apart from the values of layers."""
         folded = [self.get_submodule(name) for name, *_ in origin.pairs]
@@ -676,17 +682,12 @@ def _of_norms(layers: Sequence[Any], norms: Sequence[Any]) -> tuple[list[Tensor]
     vectors = []
     for norm in norms:
         for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
-            vectors.append(norm.running_mean.new_empty(0) if t is None else t.detach())
+            vectors.append(norm.running_mean.new_empty(0) if t is None else t)
     return (
         vectors,
         [float(norm.eps) for norm in norms],
         [layer.groups if isinstance(layer, TRANSPOSED) else 0 for layer in layers],
     )
-
-
-def _versions(*tensors: list[Tensor]) -> list[Any]:
-    """Changes when a tensor does. Those of inference mode count nothing, and are never known to be as before."""
-    return [(t.data_ptr(), object() if t.is_inference() else t._version) for ts in tensors for t in ts]
 
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
@@ -825,6 +826,12 @@ def _check(model: nn.Module, allow_training: bool) -> None:
         inner = model._modules.get(attribute)
         if inner is not None and type(model).__module__.startswith(("torch._dynamo", "torch.nn.parallel")):
             raise TypeError(f"model: got {type(model).__name__}, allowed: the module inside; pass model.{attribute}")
+    devices = {t.device for t in _registered(model) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(
+            f"model: got parameters on {', '.join(sorted(map(str, devices)))}, allowed: one device; fold the parts of "
+            "each device by themselves"
+        )
     training = [name for name, m in model.named_modules() if m.training and (m is model or _known_norm(m))]
     if training and not allow_training:
         raise ValueError(
@@ -896,7 +903,9 @@ def _assembled(
     reasons: dict[nn.Module, str], regions: Sequence[_Region], example_inputs: Any, outputs: list[Tensor] | None,
 ) -> Any:  # fmt: skip
     """The folded model, once it is known to make the calls that were planned for."""
-    into = {norm: names[layer] for _, layer, norm in plan.pairs}
+    into: dict[nn.Module, str] = {}
+    for _, layer, norm in plan.pairs:
+        into[norm] = f"{into[norm]}, {names[layer]}" if norm in into else names[layer]
     report = FoldReport(
         {names[norm]: into[norm] for norm in norms if norm in into},
         {names[n]: reasons.get(n, "torch.fx sees no call of it") for n in norms if n not in into},
@@ -943,6 +952,7 @@ def _assembled(
     folded.fold_report = report  # type: ignore[assignment]
     folded._origin = _Origin(None if inplace else model, pairs, replaced, cls)  # type: ignore[assignment]
     folded.__class__ = type(f"Folded{parts[0].__name__}", (_Folded, cls), {"_parts": (*parts, _Folded)})
+    folded._origin.seen = folded._state()  # type: ignore[operator, union-attr]
     return folded
 
 

@@ -1,4 +1,4 @@
-"""Folding against fp64, one norm corrupted at a time; the cases in which other tools go wrong; refresh, unfold, export."""
+"""Folding against fp64, with one norm corrupted at a time; where other tools go wrong; refresh, unfold, export."""
 
 import copy
 import io
@@ -104,10 +104,7 @@ def test_one_call_folds_a_table_of_layers_of_every_kind(backend):
         scale = (1 if gamma is None else gamma.double()) / (var.double() + 1e-3 * i).sqrt()
         by_channel = scale.view(-1, *(1,) * (w.dim() - 2))
         folded = into.double() * by_channel
-        if transposed:
-            folded = folded.unflatten(1, (group, -1)).transpose(0, 1).flatten(0, 1)
-        else:
-            folded = folded.movedim(0, 1)
+        folded = folded.unflatten(1, (group, -1)).transpose(0, 1).flatten(0, 1) if transposed else folded.movedim(0, 1)
         shift = ((0 if b is None else b.double()) - mean.double()) * scale + (0 if beta is None else beta.double())
         wanted.append((folded, shift))
         sources.append(w)
@@ -213,10 +210,11 @@ OLD = pytest.mark.filterwarnings("ignore::FutureWarning")
 )
 def test_parametrised_weights_are_materialised(wrap):
     model = build(wrap(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6))
-    model[0](torch.randn(1, 4, 5, 5))
+    with torch.no_grad():
+        model(torch.randn(1, 4, 5, 5))  # else the old weight_norm holds a tensor that cannot be copied
     folded = check(model, torch.randn(2, 4, 5, 5))
     assert type(folded[0]) is nn.Conv2d and sorted(folded.state_dict()) == ["0.bias", "0.weight"]
-    assert not folded.refresh() or wrap is not parametrizations.weight_norm
+    assert not folded.refresh()
     with torch.no_grad():
         for parameter in model[0].parameters():
             parameter.mul_(1.5)
@@ -382,7 +380,7 @@ def test_a_model_that_cannot_be_traced_is_refused_or_folded_in_parts():
 def test_bad_input_is_refused_and_changes_nothing():
     model = randomised(Shared())
     model.norms[1].train()
-    with pytest.raises(ValueError, match=r"got norms.1 in training mode, .* model.eval\(\), or pass allow_training=True"):
+    with pytest.raises(ValueError, match=r"got norms.1 in training mode, .* or pass allow_training=True"):
         fold_conv_bn(model)
     folded = fold_conv_bn(model.train(), allow_training=True)
     assert model.training and model.norms[0].training and not any(m.training for m in folded.modules())
@@ -400,7 +398,7 @@ def test_bad_input_is_refused_and_changes_nothing():
     with pytest.raises(RuntimeError, match="train: got True for a folded model"):
         folded.train()
     with pytest.raises(ValueError, match="outputs of shapes"):
-        verify(model, folded[:1] if isinstance(folded, nn.Sequential) else nn.Flatten(), torch.randn(2, 4, 6, 6))
+        verify(model, nn.Flatten(), torch.randn(2, 4, 6, 6))
 
 
 def test_a_failed_fold_in_place_leaves_the_model_whole():
@@ -542,10 +540,7 @@ def test_networks_and_each_of_their_norms(name):
     norms = {n: m for n, m in model.named_modules() if isinstance(m, NORMS)}
     folded = check(model, x, folds=len(norms) if name != "densenet" else 5)
     if name == "densenet":
-        assert all("comes from" in why or "its input" in why for why in folded.fold_report.left.values())
-        return
-    if name != "resnet18":
-        return
+        assert all("comes from" in why for why in folded.fold_report.left.values())
     with torch.no_grad():  # the test can fail: an error of a tenth in any one norm is more than it allows
         truth, plain = copy.deepcopy(model).double()(x.double()), model(x)
         for norm in norms.values():

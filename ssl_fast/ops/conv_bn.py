@@ -69,7 +69,8 @@ def fold_(
 ) -> None:  # fmt: skip
     """The operator, for sources of any strides."""
     if targets:
-        _fold(targets, [_in_layout_of(t, s) for t, s in zip(targets, sources, strict=True)], norms, eps, groups)
+        sources = [_in_layout_of(t, s) for t, s in zip(targets, sources, strict=True)]
+        _fold(targets, sources, [t.contiguous() for t in norms], eps, groups)
         increment_version(targets)
 
 
@@ -177,8 +178,8 @@ def _fused(
             raise ValueError(f"{name}: got shape {tuple(value.shape)}, allowed: ({channels},), that of bn_rm")
     own, absent = bias if bias is not None else weight, weight.new_empty(0)
     targets = torch.empty_like(weight), torch.empty(channels, dtype=own.dtype, device=own.device)
-    sources = [weight, absent if bias is None else bias.contiguous()]
-    norm = [absent if t is None else t.contiguous() for t in (mean, var, gamma, beta)]
+    sources = [weight, absent if bias is None else bias]
+    norm = [absent if t is None else t for t in (mean, var, gamma, beta)]
     fold_(targets, sources, norm, [float(eps)], [groups])
     return (
         nn.Parameter(targets[0], weight.requires_grad),
