@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from ssl_fast.kernels._common import CODES, RAW, load_as, store_as
+from ssl_fast.kernels._common import CODES, RAW, elements_at, load_as, store_as
 from torch import Tensor
 
 RUNS, WIDTH = 8, 256
@@ -64,10 +64,10 @@ def _fold_kernel(
         channel = start // tl.load(row + 11) % size
         channel += start // tl.load(row + 13) % tl.load(row + 14) // tl.load(row + 15) * size
         scale = _scale(row, channel, start < numel, CODES_AT)
-        at = start[:, None] + along[None, :]
-        mask = (start < numel)[:, None] & (along < run)[None, :]
-        x = load_as(source, source_code, at, mask, tl.float64, False)
-        store_as(target, code, at, mask, x * scale[:, None], False)
+        inside = start[:, None] + along[None, :]
+        whole = (start < numel)[:, None] & (along < run)[None, :]
+        w = load_as(source, source_code, inside, whole, tl.float64, False)
+        store_as(target, code, inside, whole, w * scale[:, None], False)
     else:
         at = own * (RUNS * WIDTH) + tl.arange(0, RUNS * WIDTH)
         mask = at < numel
@@ -76,8 +76,8 @@ def _fold_kernel(
             x = x * _scale(row, at, mask, CODES_AT) + _vector(row, 5, at, mask, 0.0, CODES_AT)
             store_as(target, code, at, mask, x, False)
         elif code == RAW:
-            raw = tl.load(source.to(tl.pointer_type(tl.uint8)) + at, mask)
-            tl.store(target.to(tl.pointer_type(tl.uint8)) + at, raw, mask)
+            raw = tl.load(elements_at(source, tl.uint8, at, False), mask)
+            tl.store(elements_at(target, tl.uint8, at, False), raw, mask)
         else:
             store_as(target, code, at, mask, load_as(source, source_code, at, mask, tl.float64, False), False)
 

@@ -83,7 +83,8 @@ def _known_layer(module: nn.Module) -> Any:
 
 
 def _old_hook(layer: nn.Module, name: str) -> Any:
-    return next((h for h in layer._forward_pre_hooks.values() if type(h) in OLD_HOOKS and h.name == name), None)
+    hooks: list[Any] = list(layer._forward_pre_hooks.values())
+    return next((hook for hook in hooks if type(hook) in OLD_HOOKS and hook.name == name), None)
 
 
 def _value(layer: nn.Module, name: str) -> Tensor | None:
@@ -233,18 +234,18 @@ class _Several(nn.Sequential):
     """What stands in a norm's place where that takes several modules."""
 
 
-def _folded_layer(layer: Any, norm: nn.Module) -> Any:
+def _folded_layer(layer: Any, norm: Any) -> Any:
     """A layer of the same arguments with a weight and bias of its own, not yet written."""
     known = _known_layer(layer)
     unchecked = _spatial(norm) is not None or known not in CHECKED
-    cls = _own_class(layer) if unchecked else CHECKED[known]
+    cls: Any = _own_class(layer) if unchecked else CHECKED[known]
     folded = cls.__new__(cls)
     nn.Module.__init__(folded)
     inner = {*vars(folded), "weight", "bias"}  # an old weight_norm keeps its product as an attribute
     vars(folded).update({name: value for name, value in vars(layer).items() if name not in inner})
     weight, bias = _value(layer, "weight"), _value(layer, "bias")
     assert weight is not None
-    channels = norm.running_mean.shape  # type: ignore[union-attr]
+    channels = norm.running_mean.shape
     own = weight if bias is None else bias
     folded.weight = nn.Parameter(torch.empty_like(weight, requires_grad=False), requires_grad=False)
     folded.bias = nn.Parameter(torch.empty(channels, dtype=own.dtype, device=own.device), requires_grad=False)
@@ -253,7 +254,7 @@ def _folded_layer(layer: Any, norm: nn.Module) -> Any:
 
 def _rest(norm: Any) -> nn.Module:
     """What a norm does besides normalising."""
-    if isinstance(norm, OURS):
+    if any(cls in OURS for cls in type(norm).__mro__):
         return Epilogue(norm.activation)
     if any(_qualname(cls) in TIMM_NORMS for cls in type(norm).__mro__):
         parts = {name: getattr(norm, name) for name in ("drop", "act") if hasattr(norm, name)}
@@ -424,7 +425,7 @@ def _read(region: _Region, graph: fx.Graph, calls: _Calls) -> None:
         if norm is None or not _known_norm(norm):
             continue
         calls.region.setdefault(norm, region)
-        source = node.args[0] if node.args else None
+        source: Any = node.args[0] if node.args else None
         layer = module_of(source)
         if not isinstance(layer, LAYERS):
             calls.reasons.setdefault(norm, _other_input(region, node, source, layer))
@@ -598,10 +599,9 @@ class _Folded(_Subclass):
             origin.table, origin.tensors_of_table = self._table(origin), tensors
         targets, layers, copies, norms, eps, groups = origin.table
         with torch.no_grad():
-            values = [_value(layer, "weight") for layer in layers], [_value(layer, "bias") for layer in layers]
-            absent = norms[0].new_empty(0) if norms else None
-            sources = [t if t is not None else absent for t in (*values[0], *values[1], *copies)]
-            misplaced = [t for t in (*sources, *norms) if t is not None and t.device != targets[0].device]
+            values = [_value(layer, name) for name in ("weight", "bias") for layer in layers]
+            sources = [*_present(values), *copies]
+            misplaced = [t for t in (*sources, *norms) if t.device != targets[0].device]
             if misplaced:
                 raise RuntimeError(
                     f"refresh: got a source on {misplaced[0].device}, allowed: the device of the folded model, "
@@ -678,13 +678,16 @@ class _Folded(_Subclass):
         return targets, layers, copies, *_of_norms(layers, found)
 
 
+def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
+    """As the operator takes them: what is absent has no elements."""
+    like = next((t for t in values if t is not None), None)
+    return [t if t is not None else like.new_empty(0) for t in values]  # type: ignore[union-attr]
+
+
 def _of_norms(layers: Sequence[Any], norms: Sequence[Any]) -> tuple[list[Tensor], list[float], list[int]]:
-    vectors = []
-    for norm in norms:
-        for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
-            vectors.append(norm.running_mean.new_empty(0) if t is None else t)
+    vectors = [t for norm in norms for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)]
     return (
-        vectors,
+        _present(vectors),
         [float(norm.eps) for norm in norms],
         [layer.groups if isinstance(layer, TRANSPOSED) else 0 for layer in layers],
     )
@@ -885,8 +888,7 @@ def _fold(calls: _Calls, reasons: dict[nn.Module, str], names: dict[nn.Module, s
         targets = [*(layer.weight for layer in folded), *(layer.bias for layer in folded)]
         vectors, eps, groups = _of_norms(layers, norms)
         values = [_value(layer, name) for name in ("weight", "bias") for layer in layers]
-        sources = [t if t is not None else targets[i].new_empty(0) for i, t in enumerate(values)]
-        fold_(targets, sources, vectors, eps, groups)
+        fold_(targets, _present(values), vectors, eps, groups)
         overflowed = {
             norm: f"folded it leaves the range of {layer.weight.dtype}"
             for layer, _, norm in plan.pairs
@@ -908,7 +910,7 @@ def _assembled(
         into[norm] = f"{into[norm]}, {names[layer]}" if norm in into else names[layer]
     report = FoldReport(
         {names[norm]: into[norm] for norm in norms if norm in into},
-        {names[n]: reasons.get(n, "torch.fx sees no call of it") for n in norms if n not in into},
+        {names[n]: reasons.get(n, "it is not called in eval mode") for n in norms if n not in into},
     )
     replaced = []
     modes = {module: module.training for module in model.modules()}

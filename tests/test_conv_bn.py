@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.fusion import fuse_linear_bn_weights as torch_linear
 
 import ssl_fast
+from ssl_fast.accelerate import obstacle
 from ssl_fast.fold import FoldedLinear, fold_conv_bn, verify
 from ssl_fast.functional import fuse_conv_bn_weights, fuse_linear_bn_weights
 from ssl_fast.ops import conv_bn
@@ -121,7 +122,10 @@ def test_one_call_folds_a_table_of_layers_of_every_kind(backend):
         )  # fmt: skip
     for target, truth in zip(targets, wanted, strict=True):
         for t, true in zip(target, truth, strict=True):
-            assert torch.equal(t, true.to(t.dtype))  # fp64, rounded once
+            if t.dtype == torch.float64:  # PyTorch's own square root may be off by a bit
+                assert error(t, true) < 1e-15
+            else:
+                assert torch.equal(t, true.to(t.dtype))  # rounded once
     for c, t in zip(copied, copies, strict=True):
         assert torch.equal(c, t.to(c.dtype))
 
@@ -277,10 +281,10 @@ def test_a_fold_is_not_stale_when_the_weights_change():
         model.norms[1].running_var.mul_(2)
     assert folded.verify(x) > 0.1
     assert folded.refresh() and not folded.refresh()
-    assert folded.verify(x) < 1e-4
+    assert folded.verify(x) < 1e-5 * model(x).abs().max()
     model.conv.weight.data.add_(1)  # which has no version
     assert not folded.refresh() and folded.refresh(force=True)
-    assert folded.verify(x) < 1e-4
+    assert folded.verify(x) < 1e-5 * model(x).abs().max()
 
 
 # ---- what is left, and why
@@ -326,7 +330,7 @@ LEFT = {
     "its residual too": pair(
         lambda m, x: (lambda y: m.norm(y, residual=y))(m.conv(x)), norm=ssl_fast.nn.BatchNorm2d(4)
     ),
-    "sees no call": pair(lambda m, x: m.conv(x)),
+    "not called in eval mode": pair(lambda m, x: m.conv(x)),
 }
 
 
@@ -344,6 +348,30 @@ def test_a_16_bit_weight_that_would_overflow_is_left():
         model[0].weight.fill_(100)
         model[1].weight.fill_(1)
     assert "leaves the range of torch.float16" in fold_conv_bn(model).fold_report.left["1"]
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(4) for _ in range(3))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv(x)))
+        y = F.relu(self.bn2(self.last(y)) + x)
+        return F.relu(self.bn3(y))
+
+
+def test_accelerated_models_fold_and_what_is_left_stays_fused():
+    x = torch.randn(2, 4, 6, 6)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU())
+    folded = check(ssl_fast.accelerate(randomised(model)).model, x, folds=1)
+    assert obstacle(folded[3], folded[4]) is None and "is not one of" in obstacle(folded[1], folded[2])
+    report = ssl_fast.accelerate(randomised(Residual()))
+    assert len(report.fused) == 3
+    folded = check(report.model, x, folds=2)
+    assert folded.found == (("bn3", "relu", False),)
+    assert copy.deepcopy(folded).verify(x) < 1e-5 > pickle.loads(pickle.dumps(folded))(x).sub(folded(x)).abs().max()
 
 
 # ---- models that torch.fx cannot trace
