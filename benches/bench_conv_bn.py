@@ -2,8 +2,8 @@
 freezing; and what refresh() takes beside a fold and a copy of the weights.
 
 `python -m benches.bench_conv_bn` prints the tables and writes the rows to benches/results.csv. On a CPU images of 64
-pixels are taken, and compiled rows for ResNet-18 alone: compiling takes minutes there. `--quick` takes ResNet-18,
-batch 1 and nothing compiled, and writes nothing.
+pixels are taken, and one compiled case alone, ResNet-18 in fp32: compiling takes minutes there. `--quick` takes
+ResNet-18, batch 1 and nothing compiled, and writes nothing.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def forward_rows(name: str, dtype: torch.dtype, layout: str, batch: int, compile
     measured = common.interleave(steps, seconds=seconds, rounds=5)
     rows = []
     for provider, times in measured.items():
-        row = {"op": "conv_bn", "shape": f"{name} {batch}x3x{SIZE}x{SIZE} {layout}", "dtype": str(dtype)[6:]}
-        rows.append(row | {"provider": provider, "allocator": "default", "error": errors[provider]})
+        row = {"op": "conv_bn", "shape": f"{name} {batch}x3x{SIZE}x{SIZE} {layout} {str(dtype)[6:]}"}
+        row |= {"dtype": str(dtype)[6:], "provider": provider, "allocator": "default"}
+        rows.append(row | {"error": errors[provider]})
         rows[-1] |= common.timing(times)
     return [row | {"ratio": row["ms"] / rows[0]["ms"], "to": "unfolded"} for row in rows]
 
@@ -72,10 +73,10 @@ def refresh_rows(name: str, seconds: float) -> list[common.Row]:
 
     model = torchvision.models.get_model(name, weights=None).eval().to(DEVICE)
     folded = ssl_fast.fold_conv_bn(model)
-    ours = [t for t in (*folded.parameters(), *folded.buffers())]
-    kept = [torch.empty_like(t) for t in ours]
+    flat = torch.cat([t.flatten() for t in (*folded.parameters(), *folded.buffers())])
+    kept = torch.empty_like(flat)
     steps: dict[str, Callable[[], Any]] = {
-        "copy of the weights": lambda: torch._foreach_copy_(kept, ours),
+        "copy of the weights": lambda: kept.copy_(flat),
         "refresh": lambda: folded.refresh(force=True),
         "refresh, nothing changed": folded.refresh,
         "fold_conv_bn": lambda: ssl_fast.fold_conv_bn(model),
@@ -83,9 +84,8 @@ def refresh_rows(name: str, seconds: float) -> list[common.Row]:
     }
     rows = []
     for provider, times in common.interleave(steps, seconds=seconds, rounds=7).items():
-        count = sum(t.numel() for t in ours)
-        row = {"op": "conv_bn refresh", "shape": f"{name}, {count} numbers", "dtype": "float32", "provider": provider}
-        rows.append(row | {"allocator": "default", **common.timing(times)})
+        row = {"op": "conv_bn refresh", "shape": f"{name}, {flat.numel()} numbers", "dtype": "float32"}
+        rows.append(row | {"provider": provider, "allocator": "default", **common.timing(times)})
     return [row | {"ratio": row["ms"] / rows[0]["ms"], "to": "copy of the weights"} for row in rows]
 
 
@@ -94,24 +94,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ResNet-18, batch 1, nothing compiled or written")
     quick = parser.parse_args().quick
     print(f"eval forward on {common.device_name()}, {torch.get_num_threads()} threads")
-    conditions, rows = common.conditions(), []
+    conditions = common.conditions()
+
+    def show(rows: list[common.Row], *columns: str) -> None:
+        print(f"\n{rows[0]['shape']}")
+        print(common.table(rows, ("provider", "ms", "ms_p20", "ms_p80", "ratio", *columns)), flush=True)
+        if not quick:
+            common.save([row | conditions for row in rows])
+
     networks = ("resnet18",) if quick else ("resnet18", "resnet50", "mobilenet_v3_large")
-    batches = (1,) if quick else (1, 64)
     for name in networks:
-        measured = refresh_rows(name, 0.5 if quick else 3.0)
-        print(f"\n{measured[0]['shape']}")
-        print(common.table(measured, ("provider", "ms", "ms_p20", "ms_p80", "ratio")), flush=True)
-        rows += [row | conditions for row in measured]
-    cases = itertools.product(networks, (torch.float32, torch.bfloat16), FORMATS, batches)
-    for name, dtype, layout, batch in cases:
-        compiled = not quick and (DEVICE == "cuda" or (name == "resnet18" and layout == "channels_last"))
-        measured = forward_rows(name, dtype, layout, batch, compiled, 0.5 if quick else 3.0)
-        print(f"\n{measured[0]['shape']}, {measured[0]['dtype']}")
-        print(common.table(measured, ("provider", "ms", "ms_p20", "ms_p80", "ratio", "error")), flush=True)
-        rows += [row | conditions for row in measured]
-    if not quick:
-        common.save(rows)
-        print(f"\n{len(rows)} rows written to {common.RESULTS}")
+        show(refresh_rows(name, 0.5 if quick else 3.0))
+    batches = (1,) if quick else (1, 64)
+    for name, layout, batch in itertools.product(networks, FORMATS, batches):
+        for dtype in (torch.float32, torch.bfloat16):
+            once = (name, layout, batch, dtype) == ("resnet18", "channels_last", 64, torch.float32)
+            compiled = not quick and (DEVICE == "cuda" or once)
+            show(forward_rows(name, dtype, layout, batch, compiled, 0.5 if quick else 2.0), "error")
 
 
 if __name__ == "__main__":
