@@ -95,7 +95,7 @@ def operands(transposed, groups, dtype, channels_last=False):
 def test_one_call_folds_a_table_of_layers_of_every_kind(backend):
     """Every dtype to every dtype, absent vectors, grouped and transposed weights in both layouts, and copies."""
     cases = [(operands(t, g, d, cl), t) for t, g, cl, d in itertools.product((0, 1), (1, 2), (0, 1), DTYPES[:2])]
-    cases += [(operands(0, 1, d), 0) for d in DTYPES[2:]]
+    cases += [(operands(0, 1, d), 0) for d in (torch.float64, torch.float16, torch.float16)]  # the last to fp16
     absent = torch.empty(0)
     sources, biases, norms, groups, targets, wanted = [], [], [], [], [], []
     for i, ((w, b, mean, var, gamma, beta), transposed) in enumerate(cases):
