@@ -15,6 +15,9 @@ from torch import Tensor
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LN2 = tl.constexpr(0.6931471805599453)
 EPS = tl.constexpr(1e-12)  # of F.normalize
+# Of tables of pointers: the code of a dtype, and of a tensor that is copied as it lies, whose numel counts bytes.
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+RAW = tl.constexpr(4)
 CHUNK_BYTES = 64 << 20  # of fp32 similarities held at a time on the chunked paths
 
 
@@ -131,6 +134,41 @@ def rounded(x, dtype: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def elements_at(address, element: tl.constexpr, at, WIDE: tl.constexpr):
+    """Pointers to elements; WIDE: of an address on the 16-byte grid, from which whole vectors are read."""
+    start = address.to(tl.pointer_type(element))
+    if WIDE:
+        start = tl.multiple_of(start, 16)
+    return start + at
+
+
+@triton.jit
+def load_as(address, code, at, mask, MATH: tl.constexpr, WIDE: tl.constexpr):
+    """Elements of a tensor whose address and dtype, by its code, come from a table."""
+    if code == 0:
+        x = tl.load(elements_at(address, tl.float32, at, WIDE), mask).to(MATH)
+    elif code == 1:
+        x = tl.load(elements_at(address, tl.bfloat16, at, WIDE), mask).to(MATH)
+    elif code == 2:
+        x = tl.load(elements_at(address, tl.float16, at, WIDE), mask).to(MATH)
+    else:
+        x = tl.load(elements_at(address, tl.float64, at, WIDE), mask).to(MATH)
+    return x
+
+
+@triton.jit
+def store_as(address, code, at, mask, x, WIDE: tl.constexpr):
+    if code == 0:
+        tl.store(elements_at(address, tl.float32, at, WIDE), x.to(tl.float32), mask)
+    elif code == 1:
+        tl.store(elements_at(address, tl.bfloat16, at, WIDE), rounded(x.to(tl.float32), tl.bfloat16), mask)
+    elif code == 2:
+        tl.store(elements_at(address, tl.float16, at, WIDE), x.to(tl.float32).to(tl.float16), mask)
+    else:
+        tl.store(elements_at(address, tl.float64, at, WIDE), x.to(tl.float64), mask)
 
 
 @triton.jit

@@ -13,51 +13,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from ssl_fast.kernels._common import rounded
+from ssl_fast.kernels._common import CODES, RAW, elements_at, load_as, store_as
 from torch import Tensor
 
 BLOCK = 2048
 ROW = ("target", "source", "copy", "numel", "first program", "target's code", "source's code", "copy's code")
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-BYTES = 4  # the code of a tensor that is copied as it lies, numel counts bytes
 TABLES = 16  # that are kept
 
 COLUMNS = tl.constexpr(len(ROW))
-RAW = tl.constexpr(BYTES)
-
-
-@triton.jit
-def _at(address, element: tl.constexpr, at, WIDE: tl.constexpr):
-    """Pointers to elements; WIDE: of an address on the 16-byte grid, from which whole vectors are read."""
-    start = address.to(tl.pointer_type(element))
-    if WIDE:
-        start = tl.multiple_of(start, 16)
-    return start + at
-
-
-@triton.jit
-def _load(address, code, at, mask, MATH: tl.constexpr, WIDE: tl.constexpr):
-    if code == 0:
-        x = tl.load(_at(address, tl.float32, at, WIDE), mask).to(MATH)
-    elif code == 1:
-        x = tl.load(_at(address, tl.bfloat16, at, WIDE), mask).to(MATH)
-    elif code == 2:
-        x = tl.load(_at(address, tl.float16, at, WIDE), mask).to(MATH)
-    else:
-        x = tl.load(_at(address, tl.float64, at, WIDE), mask).to(MATH)
-    return x
-
-
-@triton.jit
-def _store(address, code, at, mask, x, WIDE: tl.constexpr):
-    if code == 0:
-        tl.store(_at(address, tl.float32, at, WIDE), x.to(tl.float32), mask)
-    elif code == 1:
-        tl.store(_at(address, tl.bfloat16, at, WIDE), rounded(x.to(tl.float32), tl.bfloat16), mask)
-    elif code == 2:
-        tl.store(_at(address, tl.float16, at, WIDE), x.to(tl.float32).to(tl.float16), mask)
-    else:
-        tl.store(_at(address, tl.float64, at, WIDE), x.to(tl.float64), mask)
 
 
 @triton.jit
@@ -97,8 +60,8 @@ def _update_chunk(
     code, source_code, copy_code = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
     at = begin + tl.arange(0, BLOCK)
     mask = None if WIDE else at < numel
-    t = _load(target, code, at, mask, MATH, WIDE)
-    s = _load(source, source_code, at, mask, MATH, WIDE)
+    t = load_as(target, code, at, mask, MATH, WIDE)
+    s = load_as(source, source_code, at, mask, MATH, WIDE)
     keep, take = momentum.to(MATH), (1 - momentum).to(MATH)
     x = tl.where(take < 0.5, t + take * (s - t), s - keep * (s - t))
     x = tl.where(keep == 0, s, x)
@@ -106,9 +69,9 @@ def _update_chunk(
         seed = tl.load(seed_ptr)
         key = _mix(_mix(_mix((seed >> 32).to(tl.uint32)) + seed.to(tl.uint32)) + i.to(tl.uint32))
         x = _round_stochastically(x, tl.where(i < averaged, code, 0), _mix(at.to(tl.uint32) ^ key), MATH)
-    _store(target, code, at, mask, x, WIDE)
+    store_as(target, code, at, mask, x, WIDE)
     if copy != 0:
-        _store(copy, copy_code, at, mask, x, WIDE)
+        store_as(copy, copy_code, at, mask, x, WIDE)
 
 
 @triton.jit
@@ -124,8 +87,8 @@ def _update_kernel(
     momentum = tl.where(i < averaged, tl.load(momentum_ptr).to(tl.float64), 0.0)
     if code == RAW:
         at = begin + tl.arange(0, BLOCK)
-        x = tl.load(_at(tl.load(row + 1), tl.uint8, at, False), at < numel)
-        tl.store(_at(tl.load(row), tl.uint8, at, False), x, at < numel)
+        x = tl.load(elements_at(tl.load(row + 1), tl.uint8, at, False), at < numel)
+        tl.store(elements_at(tl.load(row), tl.uint8, at, False), x, at < numel)
     elif (code == 3) | (source_code == 3):
         _update_chunk(row, i, begin, numel, momentum, seed_ptr, averaged, tl.float64, False, BLOCK)
     elif ALIGNED and begin + BLOCK <= numel:
@@ -159,7 +122,7 @@ def ema_update_(
             if c is not copy:
                 late.append((copy, c))
             kept.append((s, c))  # the allocator may hand freed memory to the next copy
-            codes = (BYTES, BYTES) if raw else (CODES[t.dtype], CODES[s.dtype])
+            codes = (RAW.value, RAW.value) if raw else (CODES[t.dtype], CODES[s.dtype])
             numel = t.numel() * (t.element_size() if raw else 1)
             extra = (0, 0) if c is None else (c.data_ptr(), CODES[c.dtype])
             pairs.append((t.data_ptr(), s.data_ptr(), extra[0], numel, *codes, extra[1]))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ from ssl_fast._extras import require
 from ssl_fast.augment import plain_view
 from ssl_fast.backbones import build_encoder
 from ssl_fast.data import ImageData, Loader, Split, in_order, load_data
+from ssl_fast.fold import _Folded, eval_mode, fold_conv_bn
 from ssl_fast.run import pick_device, read_checkpoint
 
+log = logging.getLogger("ssl_fast")
 PROTOCOLS = ("knn", "linear")
 KNN_T = 0.07
 
@@ -63,7 +64,7 @@ def evaluate(
     images = load_data(data or args["data"], data_dir or args["data_dir"], saved["image_size"])
     if images.bank is None or images.test is None:
         raise ValueError(f"data: {images.name} has no labels to evaluate with; pass a labelled set as data=")
-    encoder = load_encoder(saved, model).to(chosen)
+    encoder = folded(load_encoder(saved, model).to(chosen), images, chosen)
     settings: dict[str, Any] = {"device": chosen, "batch_size": batch_size, "num_workers": num_workers}
     bank, bank_labels = encode(encoder, images.bank, images.size, **settings)
     test, test_labels = encode(encoder, images.test, images.size, **settings)
@@ -90,6 +91,23 @@ def load_encoder(saved: dict[str, Any], model: nn.Module | None = None) -> nn.Mo
     except RuntimeError as error:
         raise ValueError(f"model: the checkpoint's weights do not fit this model: {error}") from error
     return encoder
+
+
+def folded(encoder: nn.Module, data: ImageData, device: torch.device) -> nn.Module:
+    """The encoder with its batch norms folded, or itself where that cannot be; a folded one is brought up to date.
+
+    Keep the result from evaluation to evaluation of a training run: then folding costs a copy of the weights.
+    """
+    if isinstance(encoder, _Folded):
+        encoder.refresh()
+        return encoder
+    generator = torch.Generator().manual_seed(0)  # PyTorch's own goes on as without an evaluation
+    images = torch.rand(2, data.channels, data.size, data.size, generator=generator).to(device)
+    try:
+        return fold_conv_bn(encoder, images, allow_training=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        log.debug("evaluation runs unfolded: %s", error)
+        return encoder
 
 
 def knn_k(bank: int) -> int:
@@ -126,18 +144,6 @@ def encode(
             features.append(encoder(plain_view(images, size)).float())
             labels.append(known[indices])
     return torch.cat(features), torch.cat(labels).to(device)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode for the block, then each of its modules back in its own mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def knn_accuracy(

@@ -1,9 +1,20 @@
 """The functions of the ops' home pages."""
 
 from ssl_fast.ops.batch_norm import batch_norm
+from ssl_fast.ops.conv_bn import fuse_conv_bn_weights, fuse_linear_bn_weights
 from ssl_fast.ops.info_nce import clip, info_nce, sup_con
 from ssl_fast.ops.instance_norm import instance_norm
 from ssl_fast.ops.layer_norm import layer_norm
 from ssl_fast.ops.nt_xent import nt_xent
 
-__all__ = ["batch_norm", "clip", "info_nce", "instance_norm", "layer_norm", "nt_xent", "sup_con"]
+__all__ = [
+    "batch_norm",
+    "clip",
+    "fuse_conv_bn_weights",
+    "fuse_linear_bn_weights",
+    "info_nce",
+    "instance_norm",
+    "layer_norm",
+    "nt_xent",
+    "sup_con",
+]

@@ -17,7 +17,7 @@ from ssl_fast.arguments import check_arguments
 from ssl_fast.augment import Policy, TwoViews, policy_named
 from ssl_fast.backbones import SMALL_IMAGE, build_encoder
 from ssl_fast.data import ImageData, Loader, epoch_batches, load_data
-from ssl_fast.evaluate import embedding_std, encode, knn_on
+from ssl_fast.evaluate import embedding_std, encode, folded, knn_on
 from ssl_fast.methods import METHODS, Method
 from ssl_fast.optim import SCHEDULES, build_optimizer
 from ssl_fast.plots import plot_curves, plot_pca, plot_views
@@ -135,8 +135,12 @@ def train(
     warmup = round((min(10, epochs * recipe.warmup) if warmup_epochs is None else warmup_epochs) * steps_per_epoch)
     step = _restore(run.saved, network, optim, images) if run.saved else 0
 
+    evaluated = encoder
+
     def measure_knn() -> None:
-        row = {"step": step, "epoch": round(step / steps_per_epoch, 4), **knn_on(encoder, images, chosen, workers)}
+        nonlocal evaluated
+        evaluated = folded(evaluated, images, chosen)
+        row = {"step": step, "epoch": round(step / steps_per_epoch, 4), **knn_on(evaluated, images, chosen, workers)}
         run.record(row)
         progress.show(row, line=True)
 

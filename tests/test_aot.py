@@ -147,12 +147,21 @@ def launch_layer_norm(module, complete):
                     launch(dtype, planes, True, activation, residual, layout)
 
 
+def launch_conv_bn(module, complete):
+    """A weight, a bias and a copy: every table has the same signature."""
+    import torch
+
+    weight, vector, count = torch.zeros(8, 4, 3, 3), torch.zeros(8), torch.zeros(3, dtype=torch.int64)
+    module.conv_bn_fold_([weight, vector, count], [weight, vector, count], [vector] * 4, [1e-5], [0])
+
+
 LAUNCHES = {
     "nt_xent": launch_nt_xent,
     "info_nce": launch_info_nce,
     "ema": launch_ema,
     "batch_norm": launch_batch_norm,
     "layer_norm": launch_layer_norm,
+    "conv_bn": launch_conv_bn,
 }
 
 
