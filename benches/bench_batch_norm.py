@@ -23,8 +23,8 @@ from ssl_fast.ops import batch_norm as ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # ResNet-50 at 224 pixels, its third stage at two batches (the smaller fits a cache), and SimCLR's projector.
-SHAPES = [(64, 64, 56, 56), (64, 256, 56, 56), (64, 512, 28, 28), (64, 2048, 7, 7), (64, 256, 14, 14), (16, 256, 14, 14),
-          (4096, 2048)]  # fmt: skip
+SHAPES = [(64, 64, 56, 56), (64, 256, 56, 56), (64, 512, 28, 28), (64, 2048, 7, 7), (64, 256, 14, 14),
+          (16, 256, 14, 14), (4096, 2048)]  # fmt: skip
 QUICK = [(8, 64, 14, 14)]
 FLOOR = "copy_"
 
