@@ -635,8 +635,8 @@ def accelerate(model: nn.Module, *, fuse: bool = True, trace: bool = True) -> Re
     the state dict and what optimisers refer to stay as they are. norm -> activation and norm -> add -> activation
     become one operator (ReLU, LeakyReLU(0.01), SiLU, GELU) in the blocks and stems of torchvision's and timm's
     ResNets, in timm's BatchNormAct2d and in every nn.Sequential. Where a forward of your own calls the norm, torch.fx
-    looks for the same: `report.model` is then a copy that shares all modules and has the rebuilt forward, which keeps the
-    control flow it has now; where torch.fx cannot trace, the norms are swapped alone, and the report says why.
+    looks for the same: `report.model` is then a copy that shares all modules and has the rebuilt forward, which keeps
+    the control flow it has now; where torch.fx cannot trace, the norms are swapped alone, and the report says why.
 
     The result is that of the unchanged model, within rounding, hooks included: a norm or activation that has hooks is
     called as before, whenever they were registered. A rebuilt forward calls the parts of the modules it went through
