@@ -23,7 +23,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
-from ssl_fast.accelerate import FUNCTIONS, NORMS, OURS, _Subclass, hooked, norm_act
+from ssl_fast.accelerate import FUNCTIONS, _Subclass, hooked, norm_act
+from ssl_fast.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from ssl_fast.ops.conv_bn import FLOATING, fold_
 from ssl_fast.ops.ema import _registered
 
@@ -31,6 +32,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.Con
 TRANSPOSED = nn.modules.conv._ConvTransposeNd
 # Of other packages, by name: linear in `weight` and `bias`, which they read from themselves.
 LAYERS_BY_NAME = ("timm.layers.conv2d_same.Conv2dSame",)
+OURS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 TORCH_NORMS: dict[type, int | None] = {  # and the spatial dimensions that they check
     nn.BatchNorm1d: None, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None,
 }  # fmt: skip
@@ -122,7 +124,7 @@ def _layer_obstacle(layer: nn.Module) -> str | None:
 
 def _known_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm that a report speaks of."""
-    return isinstance(module, NORMS) or _qualname(type(module)) in FROZEN_NORMS
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or _qualname(type(module)) in FROZEN_NORMS
 
 
 def _norm_obstacle(norm: nn.Module) -> str | None:

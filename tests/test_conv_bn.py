@@ -367,6 +367,8 @@ def test_accelerated_models_fold_and_what_is_left_stays_fused():
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU())
     folded = check(ssl_fast.accelerate(randomised(model)).model, x, folds=1)
     assert obstacle(folded[3], folded[4]) is None and "is not one of" in obstacle(folded[1], folded[2])
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4, affine=True, track_running_stats=True), *model)
+    check(ssl_fast.accelerate(randomised(model)).model, x, folds=1)
     report = ssl_fast.accelerate(randomised(Residual()))
     assert len(report.fused) == 3
     folded = check(report.model, x, folds=2)
