@@ -12,6 +12,7 @@ import pytest
 import torch
 from common import DEVICE, FLOOR, assert_close, backends, error
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.nn import functional as F
 
@@ -350,6 +351,24 @@ def test_second_derivatives():
         (dx,) = torch.autograd.grad(fn(x, None, *affine((6,)), 1).square().sum(), x, create_graph=True)
         second += torch.autograd.grad(dx.square().sum(), x)
     assert error(*second) < 1e-4
+
+
+def test_transforms_and_forward_mode():
+    x, residual, tangent = (random((3, 4, 5), torch.float64, seed=i) for i in range(3))
+    for last in (2, 0):
+        w, b = (t.double() for t in affine(normalised(x.shape, last)))
+        found = []
+        for fn in (ours, plain):
+
+            def f(t, fn=fn, w=w, b=b, last=last):
+                return fn(t, residual, w, b, last, activation="gelu").square()
+
+            with forward_ad.dual_level():
+                dual = forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent))).tangent
+            vmapped = torch.func.vmap(f)(torch.stack([x, tangent]))
+            found.append([torch.func.grad(lambda t, f=f: f(t).sum())(x), dual, vmapped, torch.func.jacrev(f)(x)])
+        for mine, theirs in zip(*found, strict=True):
+            assert error(mine, theirs) < 1e-12
 
 
 @each_backend

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_fast._op import HALF_AND_FLOAT, Op, autocast_dtype
+from ssl_fast._op import HALF_AND_FLOAT, Op, autocast_dtype, transforming
 from ssl_fast.ops.batch_norm import (
     ACTIVATIONS,
     BY_SIGN,
@@ -28,6 +28,7 @@ from ssl_fast.ops.batch_norm import (
     _derivative,
     accumulator,
     channels_innermost,
+    check_activation,
     dense,
     like,
 )
@@ -271,6 +272,8 @@ def layer_norm(
         residual = _laid(residual.view_as(residual) if residual is x else residual, x, channels)
     affine = [t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, bias)]
     tensors, options = (x, residual, *affine), (math.prod(shape), channels, float(eps), code)
+    if transforming():
+        return _fwd_reference(x, residual, affine[0], affine[1], *options)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _LayerNorm.apply(*tensors, *options)
     return layer_norm_fwd(*tensors, *options)[0]
@@ -289,6 +292,7 @@ def _check(
     """The number of the activation; raises for what does not fit."""
     if x.dtype not in DTYPES:
         raise TypeError(f"x: got {x.dtype}, allowed: float16, bfloat16, float32, float64; convert with x.float()")
+    check_activation(activation)
     if dim == 1:
         if x.dim() < 2 or (x.shape[1],) != shape:
             raise ValueError(
@@ -313,8 +317,6 @@ def _check(
             )
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: got {tensor.dtype}, allowed: a floating-point dtype, best float32")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, allowed: {', '.join(map(repr, ACTIVATIONS))}")
     if residual is not None and (residual.shape != x.shape or residual.device != x.device):
         raise ValueError(
             f"residual: got shape {tuple(residual.shape)} on {residual.device}, allowed: that of x, {tuple(x.shape)} "
@@ -361,8 +363,7 @@ class LayerNorm(nn.LayerNorm):
         activation: str | None = None,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: got {activation!r}, allowed: {', '.join(map(repr, ACTIVATIONS))}")
+        check_activation(activation)
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
