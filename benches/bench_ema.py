@@ -1,4 +1,4 @@
-"""EMA of ResNet-50's parameters against plain PyTorch, timm, and a copy that moves as many bytes.
+"""EMA of ResNet-50's parameters, and of many tiny tensors, against plain PyTorch, timm, and a copy of as many bytes.
 
 "ssl_fast EMA" and "timm ModelEmaV3" are the classes, with their walk over the module; in 16 bits the first keeps fp32
 masters, 12 bytes a parameter instead of 6, and timm rounds bf16 stochastically.
@@ -26,6 +26,7 @@ from ssl_fast.ops import ema
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MOMENTUM = 0.999
 DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+TINY: list[tuple[int, ...]] = [(8,)] * 1000  # where the time is that of Python and the dispatcher
 FLOOR = "copy of as many bytes"
 
 
@@ -113,10 +114,9 @@ def providers(target: torch.dtype, source: torch.dtype) -> dict[str, Callable[[l
     return steps
 
 
-def bench(target: torch.dtype, source: torch.dtype, shrink: int, seconds: float) -> list[common.Row]:
+def bench(shapes: list[tuple[int, ...]], target: torch.dtype, source: torch.dtype, seconds: float) -> list[common.Row]:
     """One interleaved run of every provider, each on weights of its own, beside the copy."""
     generator = torch.Generator().manual_seed(0)
-    shapes = list(resnet50_shapes(shrink))
 
     def weights(dtype: torch.dtype) -> list[Tensor]:
         return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
@@ -147,11 +147,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small tensors, nothing written")
     quick = parser.parse_args().quick
-    print(f"EMA of ResNet-50, momentum {MOMENTUM}, on {common.device_name()}, {torch.get_num_threads()} threads")
+    print(f"EMA, momentum {MOMENTUM}, on {common.device_name()}, {torch.get_num_threads()} threads")
     conditions, rows = common.conditions(), []
-    for target, source in DTYPES:
-        measured = bench(target, source, 16 if quick else 1, 0.3 if quick else 6.0)
-        print(f"\n{measured[0]['dtype']}")
+    network = list(resnet50_shapes(16 if quick else 1))
+    cases = [(network, *dtypes) for dtypes in DTYPES] + [(TINY, *DTYPES[0])]
+    for shapes, target, source in cases:
+        measured = bench(shapes, target, source, 0.3 if quick else 6.0)
+        print(f"\n{measured[0]['shape']}, {measured[0]['dtype']}")
         print(common.table(measured, ("provider", "ms", "ms_p20", "ms_p80", "gb_per_s", "ratio")))
         rows += [row | conditions for row in measured]
     if not quick:

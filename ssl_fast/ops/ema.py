@@ -464,11 +464,9 @@ def _pairs(
             raise TypeError(f"{name}: got {type(value).__name__}, allowed: two modules, or two lists of tensors")
     targets, sources = list(targets), list(sources)  # type: ignore[arg-type]
     for name, values in (("targets", targets), ("sources", sources)):
-        strange = next((value for value in values if not isinstance(value, Tensor)), None)
+        strange = next((kind for kind in set(map(type, values)) if not issubclass(kind, Tensor)), None)
         if strange is not None:
-            raise TypeError(
-                f"{name}: got {type(strange).__name__} among them, allowed: two modules, or two lists of tensors"
-            )
+            raise TypeError(f"{name}: got {strange.__name__} among them, allowed: two modules, or two lists of tensors")
     if len(targets) != len(sources):
         raise ValueError(f"sources: got {len(sources)} tensors, allowed: as many as targets, {len(targets)}")
     return range(len(targets)), targets, sources
