@@ -6,10 +6,10 @@
 What changes from row to row: in MoCo what v2 adds to v1 (MoCo v2's table 1: MLP, aug+, cos), in SimCLR the batch size
 (SimCLR's figure 9). Each run is one of `ssl_fast.train.train`, evaluated by `ssl_fast.evaluate.evaluate`. A row is
 written to OUT/results.csv and OUT/results.md when it is done; those that are there are left out by the next call, and a
-run that was broken off goes on.
+run that was broken off goes on. Data, images, epochs and seed each have an OUT of their own.
 
-Keys: data=digits, root=none, out=out/compare/DATA, epochs=8 (digits: 60), images=10000 (of the training set), seed=0.
-`--quick` takes 600 images for an epoch, into a folder of its own.
+Keys: data=digits, root=none, out=out/compare, epochs=8 (digits: 60), images=10000 (of the training set), seed=0.
+`--quick` takes 600 images for an epoch.
 """
 
 from __future__ import annotations
@@ -136,10 +136,10 @@ def main() -> None:
 
     data = load_data(str(given["data"]), given["root"])
     digits, seed = data.name == "digits", int(given["seed"] or 0)
-    out = Path(given["out"] or f"out/compare/{data.name}{'_quick' * args.quick}")
-    out.mkdir(parents=True, exist_ok=True)
     epochs = 1 if args.quick else int(given["epochs"] or (60 if digits else 8))
     images = len(data.train) if digits else min(len(data.train), 600 if args.quick else int(given["images"] or 0))
+    out = Path(given["out"] or "out/compare") / f"{data.name}_{images}_images_{epochs}_epochs_seed_{seed}"
+    out.mkdir(parents=True, exist_ok=True)
     source = "digits" if digits else str(subset(data, images, out / f"{images}_images"))
     data = load_data(source)
     title = (

@@ -46,6 +46,15 @@ inline bool dense(const Tensor& tensor) {
   return true;
 }
 
+// Whether elements share memory, as those of an expanded tensor do.
+inline bool expanded(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] > 1 && strides[d] == 0) return true;
+  }
+  return false;
+}
+
 inline bool same_shape(const Tensor& a, const Tensor& b) {
   const auto left = a.sizes(), right = b.sizes();
   return std::equal(left.begin(), left.end(), right.begin(), right.end());
@@ -90,6 +99,7 @@ struct Lists {
       STD_TORCH_CHECK((to != kByte && from != kByte) || (!average && dtype == source_dtype),
                       "ema_update_: averages float16, bfloat16, float32 and float64, and copies equal dtypes; pair ", i);
       const bool plain = target.is_contiguous();
+      STD_TORCH_CHECK(plain || !expanded(target), "ema_update_: target ", i, " is expanded");
       const Tensor& to_update = plain || dense(target) ? target : keep(torch::stable::contiguous(target));
       if (&to_update != &target) late_.emplace_back(target, to_update);
       const auto alike = [&](const Tensor& other) {

@@ -321,8 +321,24 @@ def test_modules_of_different_structure() -> None:
         ema_update_(nn.Linear(2, 2), nn.Linear(2, 2, bias=False), 0.9)
     with pytest.raises(ValueError, match=r"sources parameter 'weight': got shape \(2, 3\)"):
         ema_update_(nn.Linear(2, 2), nn.Linear(3, 2), 0.9)
+    three = [nn.Sequential(nn.Linear(2, 2), nn.Linear(2, n), nn.Linear(n, 2, bias=n == 2)) for n in (2, 3)]
+    with pytest.raises(ValueError, match=r"sources parameter '1.weight': got shape \(3, 2\)"):  # the first of four
+        ema_update_(*three, 0.9)
+    first, second = (nn.Sequential(nn.Linear(2, 2, bias=i == 1), nn.Linear(2, 2, bias=i == 0)) for i in range(2))
+    with pytest.raises(ValueError, match=r"targets: got a module without the parameter '0.bias' of sources, [^;]*$"):
+        ema_update_(first, second, 0.9)
     with pytest.raises(ValueError, match="rounding: got 'up', allowed: 'nearest', 'stochastic'"):
         ema_update_(nn.Linear(2, 2), nn.Linear(2, 2), 0.9, rounding="up")
+
+
+@pytest.mark.parametrize("backend", backends(ema._update, torch.float32))
+def test_a_momentum_of_one_element_and_targets_without_dimensions(backend: str) -> None:
+    targets = [torch.ones((), device=DEVICE), torch.ones(2, device=DEVICE, dtype=torch.bfloat16)]
+    with ssl_fast.backend(backend):
+        ema_update_(targets, [torch.zeros_like(t) for t in targets], torch.tensor([0.5], device=DEVICE))
+        with pytest.raises(ValueError, match=r"targets\[1\]: got an expanded tensor"):
+            ema_update_([targets[0], targets[1][:1].expand(4)], [targets[0] * 0, torch.zeros(4)], 0.5)
+    assert all((t == 0.5).all() for t in targets)
 
 
 def test_a_momentum_tensor_is_not_checked() -> None:
@@ -471,6 +487,28 @@ def test_what_is_written_to_a_16_bit_average_counts() -> None:
     assert (average.masters.get_buffer("0/bias") == 3).all()
     weight = average.masters.get_buffer("0/weight")
     assert torch.allclose(weight, oracle(masters["0/weight"], model[0].weight, 0.999).float(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_averages_own_forward_counts(dtype: torch.dtype) -> None:
+    """torch's batch norm moves its statistics without telling autograd."""
+    model = nn.BatchNorm1d(4).to(DEVICE, dtype)
+    average = EMA(model, 0.99)
+    for seed in range(20):
+        average(draw((64, 4), dtype, seed) + 3)
+        average.update(model)
+    assert (average.module.running_mean.float() > 2).all()
+
+
+def test_a_mask_is_copied() -> None:
+    model = nn.Linear(2, 2).to(DEVICE)
+    model.register_buffer("mask", torch.full((3, 3), -torch.inf, device=DEVICE).triu(1))
+    average = EMA(model)
+    average.update(model)
+    assert torch.equal(average.module.mask, model.mask)
+    model.mask = torch.zeros(4, 4, device=DEVICE)
+    with pytest.raises(ValueError, match="model buffer 'mask': got shape .* buffers='none' leaves buffers alone"):
+        average.update(model)
 
 
 def test_an_ema_narrowed_later_keeps_masters_in_fp32() -> None:

@@ -185,10 +185,13 @@ def test_the_key_encoder_keeps_nothing_and_nothing_of_the_queues_length_is_kept(
     assert model.key.module[0][1].num_batches_tracked == 1 and model.key.training
 
 
-def test_eval_moves_nothing():
-    model = moco().eval()
-    before = copy.deepcopy(model.state_dict())
-    assert model(*views(1)[0]).requires_grad
+@pytest.mark.parametrize("bn_splits", (1, 4))
+def test_eval_moves_nothing(bn_splits):
+    """Not the generator either, and any number of images will do."""
+    model = moco(bn_splits=bn_splits).eval()
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert model(*views(1, 18)[0]).requires_grad and model(*views(1, 70)[0]) > 0
+    assert torch.equal(random, torch.get_rng_state()) or DEVICE != "cpu"
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
@@ -247,6 +250,12 @@ class Other(nn.BatchNorm2d):
         ({"dim": 2.5}, "dim: got 2.5"),
         ({"bn_splits": 0}, "bn_splits: got 0"),
         ({"T": 0.0}, "T: got 0.0, allowed: a number above 0"),
+        ({"T": "0.2"}, "T: got '0.2', allowed: a number above 0"),
+        ({"mlp": "no"}, "mlp: got 'no', allowed: True, False"),
+        (
+            {"encoder": lambda: lambda num_classes: nn.Sequential(nn.Linear(3, num_classes))},
+            "features: got 24 with a func",
+        ),
         ({"features": None}, "features: got None with a module"),
         ({"encoder": lambda: lambda num_classes: nn.Flatten()}, "whose last linear layer is no nn.Linear"),
         ({"encoder": lambda: lambda num_classes: nn.Sequential(nn.Linear(3, 4))}, "'0' with 4 outputs, .*dim|num_cl"),
@@ -272,6 +281,29 @@ def test_a_batch_that_does_not_fit_changes_nothing(arguments, N, message):
     with pytest.raises(ValueError, match=message):
         model(*views(1, N)[0])
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_views_that_do_not_fit_change_nothing():
+    model, (im_q, im_k) = moco(), views(1)[0]
+    before = copy.deepcopy(model.state_dict())
+    for q, k in ((im_q[:8], im_k), (im_q[:0], im_k[:0])):
+        with pytest.raises(ValueError, match="im_k: got (16|0) images for (8|0) in im_q"):
+            model(q, k)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_a_checkpoint_of_another_precision():
+    model, narrow = moco(), moco().bfloat16()
+    trained(model, views(2))
+    narrow.load_state_dict(model.state_dict())
+    narrow.key.update(narrow._query())  # the masters take over what was loaded
+    for name, average in narrow.key.module.named_parameters():
+        loaded, master = model.key.module.get_parameter(name), narrow.key.masters.get_buffer(name.replace(".", "/"))
+        assert torch.allclose(master, loaded, rtol=1e-2, atol=1e-3) and torch.equal(average, master.bfloat16())
+    again = moco()
+    again.load_state_dict(narrow.state_dict())
+    for a, b in zip(again.key.module.parameters(), narrow.key.module.parameters(), strict=True):
+        assert torch.equal(a, b.float())
 
 
 def test_a_checkpoint_of_another_K_changes_nothing():

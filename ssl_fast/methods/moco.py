@@ -47,8 +47,9 @@ class MoCo(nn.Module):
         key: the EMA whose `.module` is the key encoder.
         queue: the KeyQueue. All four are in the state dict.
 
-    In eval mode the loss is computed, and neither the key encoder nor the queue moves. With DistributedDataParallel,
-    broadcast_buffers=False spares sending the queue at each step: every process enqueues the same keys.
+    In eval mode the loss is computed, process by process, and neither the key encoder nor the queue moves. In training
+    every process brings as many images. With DistributedDataParallel, broadcast_buffers=False spares sending the queue
+    at each step: every process enqueues the same keys.
 
     Raises:
         ValueError, TypeError: naming the argument; from forward() for a batch that bn_splits does not divide or K does
@@ -75,8 +76,10 @@ class MoCo(nn.Module):
         for name, value in (("dim", dim), ("K", K), ("bn_splits", bn_splits)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, allowed: a whole number >= 1")
-        if not T > 0:
-            raise ValueError(f"T: got {T}, allowed: a number above 0, such as 0.07 or 0.2")
+        if not isinstance(T, (int, float)) or not T > 0:
+            raise ValueError(f"T: got {T!r}, allowed: a number above 0, such as 0.07 or 0.2")
+        if not isinstance(mlp, bool):
+            raise ValueError(f"mlp: got {mlp!r}, allowed: True, False")
         _momentum("m", m, ())
         self.encoder, self.head = _encoder_and_head(base_encoder, dim, features)
         if mlp:
@@ -90,7 +93,12 @@ class MoCo(nn.Module):
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> Tensor:
         """The loss, a scalar, of two views (N, C, H, W) of the same N images."""
-        self.check_batch(len(im_k))
+        if not 0 < len(im_q) == len(im_k):
+            raise ValueError(
+                f"im_k: got {len(im_k)} images for {len(im_q)} in im_q, allowed: as many, and at least one"
+            )
+        if self.training:
+            self.check_batch(len(im_k))
         q = self.head(self.encoder(im_q))
         if self.training:
             self.key.update(self._query())
@@ -104,18 +112,21 @@ class MoCo(nn.Module):
     def _keys(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The keys (N, dim) of these images, and those of all processes' images in the order of the processes."""
         rank, world = rank_and_world()
-        if world == 1 and self.bn_splits == 1:
-            k = F.normalize(self.key(images))
+        if not self.training or (world == 1 and self.bn_splits == 1):
+            k = self._key(images)
             return k, k
         everyone = gather(images)
         order = shared_permutation(len(everyone), images.device).view(world, -1)
-        k = F.normalize(self.key(everyone[order[rank]]))
+        k = self._key(everyone[order[rank]])
         keys = torch.empty_like(k).repeat(world, 1)
         keys[order.flatten()] = gather(k)
         return keys.view(world, *k.shape)[rank], keys
 
+    def _key(self, images: Tensor) -> Tensor:
+        return F.normalize(self.key(images).to(self.queue.keys.dtype))  # of unit length under autocast too
+
     def check_batch(self, images: int) -> None:
-        """Raise where a batch of so many images on each process does not fit."""
+        """Raise where a batch of so many images on each process does not fit a step of training."""
         if images % self.bn_splits:
             raise ValueError(
                 f"bn_splits: got {self.bn_splits} for a batch of {images}, allowed: a divisor of the batch; drop the "
@@ -156,6 +167,11 @@ def _encoder_and_head(base: Callable[..., Any], dim: int, features: int | None) 
         raise ValueError(
             f"base_encoder: got {type(network).__name__}, whose last linear layer is {last}, allowed: one with "
             f"num_classes={dim} outputs; pass a module that returns h, with features="
+        )
+    if features is not None:
+        raise ValueError(
+            f"features: got {features} with a function as base_encoder, allowed: None, as its last linear layer is the "
+            "head; pass a module for a head of its own"
         )
     network.set_submodule(linear[-1], nn.Identity())
     return network, head

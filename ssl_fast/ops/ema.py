@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
 from torch.autograd.graph import increment_version
 
 from ssl_fast._op import HALF_AND_FLOAT, Op
@@ -23,6 +25,7 @@ from ssl_fast._op import HALF_AND_FLOAT, Op
 _FLOATING = (*HALF_AND_FLOAT, torch.float64)
 _16_BIT = (torch.float16, torch.bfloat16)
 _LISTS = "targets", "sources"
+_WRAPPED = "module.", "_orig_mod."  # how the names of wrapped modules begin
 
 
 # ---- reference: the definition, and the fallback on any device
@@ -40,7 +43,7 @@ def _reference(
 
     seed: to round 16-bit targets stochastically; every backend draws the same noise.
     """
-    weight = 1 - momentum.double()
+    weight = 1 - momentum.double().reshape(())
     rest = dict(enumerate(zip(targets, sources, strict=True)))
     if weight.device.type == "cpu":
         alike = [i for i in range(averaged) if targets[i].dtype == sources[i].dtype]
@@ -214,7 +217,8 @@ class EMA(nn.Module):
     `.module` is a copy of the model that needs no gradient, in the model's dtypes and on its device; `.update(model)`
     moves it, in place, in one launch (one parallel loop on a CPU). 16-bit weights would stand still at the usual
     momenta: an fp32 master of each is averaged, and rounded into `.module` in the same pass. Values that are written to
-    `.module` between updates, a checkpoint for one, are taken over by the masters.
+    `.module` between updates, by a checkpoint or a forward pass, are taken over by the masters; to a parameter by
+    `.data`, which autograd does not notice either, they are not.
 
     Args:
         model: any module. A DistributedDataParallel or compiled one is given unwrapped (model.module, model._orig_mod),
@@ -226,7 +230,8 @@ class EMA(nn.Module):
             `cosine_momentum(steps)`, advances within a CUDA graph and without a synchronisation.
         buffers: what becomes of floating-point buffers, such as the running statistics of batch norm. "ema": averaged
             like parameters, as timm does; "copy": the model's at each update; "none": left to the copy's own forward
-            passes. With "ema" and "copy", buffers of other dtypes and those outside the state dict are copied.
+            passes. With "ema" and "copy", buffers of other dtypes, those outside the state dict and those that hold
+            infinities or NaN at the beginning (masks) are copied.
         rounding: of 16-bit weights. "nearest": from their masters; "stochastic": no masters, up or down so that the
             mean is right. The noise follows from the number of the update, so ranks agree and runs repeat.
 
@@ -272,6 +277,7 @@ class EMA(nn.Module):
         _momentum("momentum", momentum, _present(model))
         self.momentum, self.schedule = momentum, schedule
         self.buffer_rule, self.rounding = buffers, rounding
+        self._masks = _not_finite(model)
         self.module = copy.deepcopy(model).requires_grad_(False)
         for parameter in self.module.parameters():
             parameter.grad = None  # which were copied as well
@@ -299,7 +305,8 @@ class EMA(nn.Module):
             masters: list[Any] = [self.masters._buffers[n] for n in self._mastered]
             narrow = averages[: len(masters)]
             for average, master, version in zip(narrow, masters, self._versions, strict=True):
-                if average._version != version:
+                # torch's batch norm moves its running statistics without a new version.
+                if average._version != version or not isinstance(average, nn.Parameter):
                     master.copy_(torch.where(master.to(average.dtype) == average, master, average.float()))
             seed = self.num_updates.to(averages[0].device) if self.rounding == "stochastic" else None
             targets = [*masters, *averages[len(masters) :]]
@@ -355,7 +362,8 @@ class EMA(nn.Module):
                 for n in m._non_persistent_buffers_set
             }
             for name, buffer in module.named_buffers():
-                average = self.buffer_rule == "ema" and buffer.is_floating_point() and name not in outside
+                average = self.buffer_rule == "ema" and buffer.is_floating_point()
+                average = average and name not in outside and name not in self._masks
                 (averaged if average else copied)[name] = buffer
         return averaged, copied
 
@@ -382,6 +390,10 @@ class _Masters(nn.Module):
     def key(name: str) -> str:
         return name.replace(".", "/")  # which the name of a buffer may not hold
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
+        """Of a checkpoint in another precision there are none, or too many: the averages tell what they are."""
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, [], [], lists[2])
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Masters:
         for name, master in self._buffers.items():
             assert master is not None
@@ -403,6 +415,14 @@ def _registered(module: nn.Module) -> list[Any]:
             found += m._buffers.values()
             modules += m._modules.values()
     return found
+
+
+def _not_finite(module: nn.Module) -> set[str]:
+    """The names of buffers with infinities or NaN, whose averages would be NaN; none where there are no values yet."""
+    if _len_torch_dispatch_stack():  # fake tensors
+        return set()
+    buffers = [(n, b) for n, b in module.named_buffers() if b.is_floating_point() and not b.is_meta]
+    return {name for name, buffer in buffers if not buffer.isfinite().all()}
 
 
 def _present(module: nn.Module) -> list[Tensor]:
@@ -440,15 +460,27 @@ def _momentum(name: str, momentum: object, targets: Sequence[Tensor]) -> Tensor:
 def _by_name(
     sides: tuple[str, str], what: str, targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor, str]]:
-    """Target, source and what to call them in a message, by name."""
-    odd = next((n for n in (*targets, *sources) if (n in targets) != (n in sources)), None)
-    if odd is not None:
-        has, lacks = sides if odd in targets else sides[::-1]
-        raise ValueError(
-            f"{lacks}: got a module without the {what} {odd!r} of {has}, allowed: modules with the same {what} names; "
-            "unwrap a DistributedDataParallel (model.module) or compiled model (model._orig_mod) first"
-        )
+    """Target, source and what to call them in a message, by name; raises for the first that one side lacks, or has in
+    another shape."""
+    hint = " (EMA's buffers='none' leaves buffers alone)" if what == "buffer" else ""
+    for name in dict.fromkeys(n for pair in itertools.zip_longest(targets, sources) for n in pair if n is not None):
+        if (name in targets) != (name in sources):
+            has, lacks = sides if name in targets else sides[::-1]
+            if any(n.startswith(_WRAPPED) for n in (*targets, *sources)):
+                hint = "; unwrap a DistributedDataParallel (model.module) or compiled model (model._orig_mod) first"
+            raise ValueError(
+                f"{lacks}: got a module without the {what} {name!r} of {has}, allowed: modules with the same {what} "
+                f"names{hint}"
+            )
+        if targets[name].shape != sources[name].shape:
+            raise _wrong_shape(f"{sides[1]} {what} {name!r}", targets[name], sources[name], hint)
     return {n: (targets[n], sources[n], f" {what} {n!r}") for n in targets}
+
+
+def _wrong_shape(where: str, target: Tensor, source: Tensor, hint: str = "") -> ValueError:
+    return ValueError(
+        f"{where}: got shape {tuple(source.shape)}, allowed: the shape of its target, {tuple(target.shape)}{hint}"
+    )
 
 
 def _pairs(
@@ -514,9 +546,8 @@ def _check(
                     f"{targets[0].device}; move it there, or update the tensors of each device in a call of their own"
                 )
         if source.shape != target.shape:
-            raise ValueError(
-                f"{sides[1]}{at}: got shape {tuple(source.shape)}, allowed: the shape of its target, "
-                f"{tuple(target.shape)}"
-            )
+            raise _wrong_shape(f"{sides[1]}{at}", target, source)
+        if any(stride == 0 and size > 1 for stride, size in zip(target.stride(), target.shape, strict=True)):
+            raise ValueError(f"{sides[0]}{at}: got an expanded tensor, allowed: one whose elements are each its own")
         if i >= averaged and source.dtype != target.dtype and not {source.dtype, target.dtype}.issubset(_FLOATING):
             raise TypeError(f"{sides[1]}{at}: got {source.dtype}, allowed: the dtype of its target, {target.dtype}")
