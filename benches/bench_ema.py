@@ -1,7 +1,7 @@
 """EMA of ResNet-50's parameters, and of many tiny tensors, against plain PyTorch, timm, and a copy of as many bytes.
 
-"ssl_fast EMA" and "timm ModelEmaV3" are the classes, with their walk over the module; in 16 bits the first keeps fp32
-masters, 12 bytes a parameter instead of 6, and timm rounds bf16 stochastically.
+"ssl_fast EMA" and "timm ModelEmaV3" are the classes, with their walk over the module. In bf16 timm rounds stochastically,
+as ours does when told to; "fp32 masters" is what ours does otherwise, 12 bytes a parameter instead of 6.
 
 `python -m benches.bench_ema` prints the tables and writes the rows to benches/results.csv; `--quick` takes every shape
 at a sixteenth of its width and writes nothing.
@@ -26,6 +26,7 @@ from ssl_fast.ops import ema
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MOMENTUM = 0.999
 DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+MASTERS = "bfloat16, fp32 masters"
 TINY: list[tuple[int, ...]] = [(8,)] * 1000  # where the time is that of Python and the dispatcher
 FLOOR = "copy of as many bytes"
 
@@ -102,11 +103,9 @@ def providers(target: torch.dtype, source: torch.dtype) -> dict[str, Callable[[l
                 found[f"ssl_fast {backend}, stochastic"] = ours(backend, "stochastic")
     steps = {name: partial(partial, update) for name, update in found.items()}
     if target == source:
-        steps["ssl_fast EMA"] = partial(of_modules, partial(ssl_fast.EMA, momentum=MOMENTUM))
-        if target.itemsize == 2:
-            steps["ssl_fast EMA, stochastic"] = partial(
-                of_modules, partial(ssl_fast.EMA, momentum=MOMENTUM, rounding="stochastic")
-            )
+        rounding = "nearest" if target.itemsize > 2 else "stochastic"
+        average = partial(ssl_fast.EMA, momentum=MOMENTUM, rounding=rounding)
+        steps["ssl_fast EMA" if rounding == "nearest" else "ssl_fast EMA, stochastic"] = partial(of_modules, average)
         with contextlib.suppress(ImportError):
             from timm.utils import ModelEmaV3
 
@@ -114,7 +113,27 @@ def providers(target: torch.dtype, source: torch.dtype) -> dict[str, Callable[[l
     return steps
 
 
-def bench(shapes: list[tuple[int, ...]], target: torch.dtype, source: torch.dtype, seconds: float) -> list[common.Row]:
+def foreach_masters(averages: list[Tensor], sources: list[Tensor]) -> Callable[[], None]:
+    """What ours does in one pass, by PyTorch's own functions."""
+    masters = [t.float() for t in averages]
+
+    def step() -> None:
+        torch._foreach_lerp_(masters, [s.float() for s in sources], 1 - MOMENTUM)
+        torch._foreach_copy_(averages, masters)
+
+    return step
+
+
+def master_providers() -> dict[str, Callable[[list[Tensor], list[Tensor]], Any]]:
+    return {
+        "torch._foreach_lerp_, _foreach_copy_": foreach_masters,
+        "ssl_fast EMA": partial(of_modules, partial(ssl_fast.EMA, momentum=MOMENTUM)),
+    }
+
+
+def bench(
+    shapes: list[tuple[int, ...]], target: torch.dtype, source: torch.dtype, masters: bool, seconds: float
+) -> list[common.Row]:
     """One interleaved run of every provider, each on weights of its own, beside the copy."""
     generator = torch.Generator().manual_seed(0)
 
@@ -122,19 +141,20 @@ def bench(shapes: list[tuple[int, ...]], target: torch.dtype, source: torch.dtyp
         return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
 
     count = sum(math.prod(shape) for shape in shapes)
-    moved = count * (2 * target.itemsize + source.itemsize)  # target read and written, source read
+    # The target is read and written, the source read; with masters they are the target, and the average is written too.
+    moved = count * (2 * 4 + target.itemsize + source.itemsize if masters else 2 * target.itemsize + source.itemsize)
     half = torch.randn(moved // 8, device=DEVICE)
     kept = torch.empty_like(half)
     steps: dict[str, Callable[[], Any]] = {FLOOR: lambda: kept.copy_(half)}
     shared = weights(source)
-    for name, step in providers(target, source).items():
+    for name, step in (master_providers() if masters else providers(target, source)).items():
         steps[name] = step(weights(target), shared)
         if DEVICE == "cuda" and name in ("ssl_fast native", "ssl_fast EMA"):
             steps[f"{name}, CUDA graph"] = replayed(steps[name])
 
     with torch.no_grad():
         measured = common.interleave(steps, seconds=seconds, rounds=11)
-    dtype = " <- ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in (target, source)))
+    dtype = MASTERS if masters else " <- ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in (target, source)))
     rows = []
     for name, times in measured.items():
         row = {"op": "ema", "shape": f"{len(shapes)} tensors, {count} parameters", "dtype": dtype, "provider": name}
@@ -150,9 +170,10 @@ def main() -> None:
     print(f"EMA, momentum {MOMENTUM}, on {common.device_name()}, {torch.get_num_threads()} threads")
     conditions, rows = common.conditions(), []
     network = list(resnet50_shapes(16 if quick else 1))
-    cases = [(network, *dtypes) for dtypes in DTYPES] + [(TINY, *DTYPES[0])]
-    for shapes, target, source in cases:
-        measured = bench(shapes, target, source, 0.3 if quick else 6.0)
+    cases = [(network, *dtypes, False) for dtypes in DTYPES]
+    cases += [(network, torch.bfloat16, torch.bfloat16, True), (TINY, *DTYPES[0], False)]
+    for shapes, target, source, masters in cases:
+        measured = bench(shapes, target, source, masters, 0.3 if quick else 6.0)
         print(f"\n{measured[0]['shape']}, {measured[0]['dtype']}")
         print(common.table(measured, ("provider", "ms", "ms_p20", "ms_p80", "gb_per_s", "ratio")))
         rows += [row | conditions for row in measured]

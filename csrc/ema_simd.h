@@ -17,6 +17,12 @@ SSL_FAST_INLINE void store(float* p, V v) { *reinterpret_cast<VUnaligned*>(p) = 
 SSL_FAST_INLINE Bits widen(const void* p) {
   return reinterpret_cast<Bits>(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
 }
+// 16 numbers of 16 bits, in the order in which they lie, as two vectors.
+SSL_FAST_INLINE void widen_halves(Bits halves, Bits widened[2]) {
+  const __m256i v = reinterpret_cast<__m256i>(halves);
+  widened[0] = reinterpret_cast<Bits>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(v)));
+  widened[1] = reinterpret_cast<Bits>(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(v, 1)));
+}
 SSL_FAST_INLINE void store_low_halves(void* p, Bits bits) {
   const __m256i v = reinterpret_cast<__m256i>(bits);
   const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -35,6 +41,13 @@ SSL_FAST_INLINE Bits widen(const void* p) {
   const Narrow bits = *static_cast<const NarrowUnaligned*>(p);
   return __builtin_convertvector(bits, Bits);
 }
+SSL_FAST_INLINE void widen_halves(Bits halves, Bits widened[2]) {
+  uint32_t bits[kLanes];
+  std::memcpy(bits, &halves, sizeof(halves));
+  uint32_t each[2 * kLanes];
+  for (int i = 0; i < 2 * kLanes; ++i) each[i] = bits[i / 2] >> i % 2 * 16 & 0xffff;
+  std::memcpy(widened, each, sizeof(each));
+}
 SSL_FAST_INLINE void store_low_halves(void* p, Bits bits) {
   *static_cast<NarrowUnaligned*>(p) = __builtin_convertvector(bits, Narrow);
 }
@@ -51,10 +64,11 @@ SSL_FAST_INLINE void store(Half* p, V v) {
 #endif
 
 SSL_FAST_INLINE V load(const BFloat16* p) { return as_floats(widen(p) << 16); }
-SSL_FAST_INLINE void store(BFloat16* p, V v) {  // to nearest even
-  const Bits bits = as_bits(v), nan = Bits{} + 0x7fc0;
-  store_low_halves(p, v == v ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : nan);
+// What is added decides which way the bits that are cut off round.
+SSL_FAST_INLINE void store_cut(BFloat16* p, V v, Bits added) {
+  store_low_halves(p, v == v ? (as_bits(v) + added) >> 16 : Bits{} + 0x7fc0);
 }
+SSL_FAST_INLINE void store(BFloat16* p, V v) { store_cut(p, v, ((as_bits(v) >> 16) & 1) + 0x7fff); }  // nearest even
 
 // ---- the same as Noise, stochastic() and Lerp of ema.h, for vectors
 
@@ -64,27 +78,23 @@ SSL_FAST_INLINE Bits mix_lanes(Bits x) {
   return x ^ (x >> 16);
 }
 
-SSL_FAST_INLINE Bits draw(const Noise& noise, int64_t element) {
+// Of the 16 elements from there on.
+SSL_FAST_INLINE void draw(const Noise& noise, int64_t element, Bits drawn[2]) {
   const Bits lane = {0, 1, 2, 3, 4, 5, 6, 7};
-  return mix_lanes((lane + static_cast<uint32_t>(element)) ^ noise.key);
+  widen_halves(mix_lanes((lane + static_cast<uint32_t>(element / 2)) ^ noise.key), drawn);
 }
 
-SSL_FAST_INLINE Ints finite(V x) { return x - x == 0; }
+SSL_FAST_INLINE void store_stochastically(BFloat16* p, V x, Bits noise) { store_cut(p, x, noise); }
 
-SSL_FAST_INLINE V round_stochastically(BFloat16, V x, Bits noise) {
-  const Bits bits = as_bits(x);
-  return as_floats(finite(x) ? (bits + (noise >> 16)) & 0xffff0000 : bits);
-}
-
-SSL_FAST_INLINE V round_stochastically(Half, V x, Bits noise) {
+SSL_FAST_INLINE void store_stochastically(Half* p, V x, Bits noise) {
   const Bits bits = as_bits(x), zero = {};
   const V size = as_floats(bits & 0x7fffffff);
   const auto subnormal = size < 0x1p-14f;  // where fp16 is a grid of 2^-24
   const V steps = as_floats(subnormal ? as_bits(size) : zero) * 0x1p24f +
-                  __builtin_convertvector(reinterpret_cast<Ints>(noise >> 16), V) * 0x1p-16f;
+                  __builtin_convertvector(reinterpret_cast<Ints>(noise), V) * 0x1p-16f;
   const V tiny = __builtin_convertvector(__builtin_convertvector(steps, Ints), V) * 0x1p-24f;
-  const Bits rounded = subnormal ? as_bits(tiny) | (bits & 0x80000000) : (bits + (noise >> 19)) & 0xffffe000;
-  return as_floats(finite(x) ? rounded : bits);
+  const Bits rounded = subnormal ? as_bits(tiny) | (bits & 0x80000000) : (bits + (noise >> 3)) & 0xffffe000;
+  store(p, as_floats(x - x == 0 ? rounded : bits));
 }
 
 SSL_FAST_INLINE V average(V target, V source, const Lerp<float>& lerp) {
@@ -94,14 +104,24 @@ SSL_FAST_INLINE V average(V target, V source, const Lerp<float>& lerp) {
 
 // ---- a chunk
 
-// Eight elements of what a Pair describes. Copy: the type of its copy, void for none.
+// Sixteen elements of what a Pair describes. Copy: the type of its copy, void for none.
+constexpr int kStep = 2 * kLanes;
+
 template <class T, class S, class Copy, bool kRandom>
-SSL_FAST_INLINE void update_lanes(T* target, const S* source, uint16_t* copy, int64_t element, const Lerp<float>& lerp,
-                                  const Noise& noise) {
-  V x = average(load(target), load(source), lerp);
-  if constexpr (kRandom) x = round_stochastically(T{}, x, draw(noise, element));
-  store(target, x);
-  if constexpr (!std::is_void_v<Copy>) store(reinterpret_cast<Copy*>(copy), x);
+SSL_FAST_INLINE void update_step(T* target, const S* source, uint16_t* copy, int64_t element, const Lerp<float>& lerp,
+                                 const Noise& noise) {
+  Bits drawn[2];
+  if constexpr (kRandom) draw(noise, element, drawn);
+  for (int half = 0; half < 2; ++half) {
+    const int at = half * kLanes;
+    const V x = average(load(target + at), load(source + at), lerp);
+    if constexpr (kRandom) {
+      store_stochastically(target + at, x, drawn[half]);
+    } else {
+      store(target + at, x);
+    }
+    if constexpr (!std::is_void_v<Copy>) store(reinterpret_cast<Copy*>(copy) + at, x);
+  }
 }
 
 template <class T, class S, class Copy, bool kRandom>
@@ -111,16 +131,16 @@ void update_part(const Pair& pair, int64_t begin, int64_t end, Lerp<float> lerp,
   uint16_t* const copy = pair.copy;
   constexpr bool kCopies = !std::is_void_v<Copy>;
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes)
-    update_lanes<T, S, Copy, kRandom>(target + i, source + i, kCopies ? copy + i : nullptr, i, lerp, noise);
+  for (; i + kStep <= end; i += kStep)
+    update_step<T, S, Copy, kRandom>(target + i, source + i, kCopies ? copy + i : nullptr, i, lerp, noise);
   if (i == end) return;
   const int64_t rest = end - i;
-  T last_target[kLanes] = {};
-  S last_source[kLanes] = {};
-  uint16_t last_copy[kLanes];
+  T last_target[kStep] = {};
+  S last_source[kStep] = {};
+  uint16_t last_copy[kStep];
   std::copy_n(target + i, rest, last_target);
   std::copy_n(source + i, rest, last_source);
-  update_lanes<T, S, Copy, kRandom>(last_target, last_source, last_copy, i, lerp, noise);
+  update_step<T, S, Copy, kRandom>(last_target, last_source, last_copy, i, lerp, noise);
   std::copy_n(last_target, rest, target + i);
   if constexpr (kCopies) std::copy_n(last_copy, rest, copy + i);
 }

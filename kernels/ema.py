@@ -38,12 +38,12 @@ def _round_stochastically(x, code, noise, MATH: tl.constexpr):
     bits = single.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7FFFFFFF) < 0x7F800000
     if code == 1:
-        near = ((bits + (noise >> 16)) & tl.full((), 0xFFFF0000, tl.uint32)).to(tl.float32, bitcast=True)
+        near = ((bits + noise) & tl.full((), 0xFFFF0000, tl.uint32)).to(tl.float32, bitcast=True)
         x = tl.where(finite, near, single).to(MATH)
     elif code == 2:
-        near = ((bits + (noise >> 19)) & tl.full((), 0xFFFFE000, tl.uint32)).to(tl.float32, bitcast=True)
+        near = ((bits + (noise >> 3)) & tl.full((), 0xFFFFE000, tl.uint32)).to(tl.float32, bitcast=True)
         size = tl.abs(single)
-        steps = tl.floor(size * 16777216.0 + (noise >> 16).to(tl.float32) * 1.52587890625e-05)
+        steps = tl.floor(size * 16777216.0 + noise.to(tl.float32) * 1.52587890625e-05)
         tiny = (steps * 5.9604644775390625e-08).to(tl.uint32, bitcast=True)  # below 2^-14 fp16 is a grid of 2^-24
         tiny = (tiny | (bits & tl.full((), 0x80000000, tl.uint32))).to(tl.float32, bitcast=True)
         x = tl.where(finite, tl.where(size < 6.103515625e-05, tiny, near), single).to(MATH)
@@ -68,7 +68,9 @@ def _update_chunk(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
         key = _mix(_mix(_mix((seed >> 32).to(tl.uint32)) + seed.to(tl.uint32)) + i.to(tl.uint32))
-        x = _round_stochastically(x, tl.where(i < averaged, code, 0), _mix(at.to(tl.uint32) ^ key), MATH)
+        draws = _mix((begin // 2 + tl.arange(0, BLOCK // 2)).to(tl.uint32) ^ key)  # two neighbours share one
+        noise = tl.interleave(draws & 0xFFFF, draws >> 16)
+        x = _round_stochastically(x, tl.where(i < averaged, code, 0), noise, MATH)
     store_as(target, code, at, mask, x, WIDE)
     if copy != 0:
         store_as(copy, copy_code, at, mask, x, WIDE)

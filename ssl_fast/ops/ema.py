@@ -70,21 +70,22 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _noise(seed: Tensor, tensor: int, shape: Sequence[int]) -> Tensor:
-    """32 random bits, in int64, for each element of the tensor of that number."""
+    """16 random bits, in int64, for each element of the tensor of that number: neighbours share a draw of 32."""
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     key = _mix((_mix((_mix(high) + low) & 0xFFFFFFFF) + tensor) & 0xFFFFFFFF)
-    element = torch.arange(math.prod(shape), device=seed.device) & 0xFFFFFFFF
-    return _mix(element ^ key).reshape(shape)
+    count = math.prod(shape)
+    draws = _mix((torch.arange((count + 1) // 2, device=seed.device) & 0xFFFFFFFF) ^ key)
+    return torch.stack((draws & 0xFFFF, draws >> 16), 1).flatten()[:count].reshape(shape)
 
 
 def _round_stochastically(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     """fp32 to values of a 16-bit dtype, up with the probability of the part that is cut off."""
     bits = x.view(torch.int32)
     if dtype == torch.bfloat16:
-        rounded = ((bits + (noise >> 16).int()) & -0x10000).view(torch.float32)
+        rounded = ((bits + noise.int()) & -0x10000).view(torch.float32)
     else:
-        rounded = ((bits + (noise >> 19).int()) & -0x2000).view(torch.float32)
-        tiny = (x.abs() * 2.0**24 + (noise >> 16).float() * 2.0**-16).floor() * 2.0**-24  # its subnormal grid
+        rounded = ((bits + (noise >> 3).int()) & -0x2000).view(torch.float32)
+        tiny = (x.abs() * 2.0**24 + noise.float() * 2.0**-16).floor() * 2.0**-24  # its subnormal grid
         rounded = torch.where(x.abs() < 2.0**-14, tiny.copysign(x), rounded)
     return torch.where(x.isfinite(), rounded, x)
 
