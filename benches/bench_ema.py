@@ -1,7 +1,7 @@
 """EMA of ResNet-50's parameters, and of many tiny tensors, against plain PyTorch, timm, and a copy of as many bytes.
 
-"ssl_fast EMA" and "timm ModelEmaV3" are the classes, with their walk over the module. In bf16 timm rounds stochastically,
-as ours does when told to; "fp32 masters" is what ours does otherwise, 12 bytes a parameter instead of 6.
+"ssl_fast EMA" and "timm ModelEmaV3" are the classes, with their walk over the module. In bf16 timm rounds
+stochastically, as ours does when told to; otherwise ours keeps fp32 masters, 12 bytes a parameter instead of 6.
 
 `python -m benches.bench_ema` prints the tables and writes the rows to benches/results.csv; `--quick` takes every shape
 at a sixteenth of its width and writes nothing.

@@ -6,6 +6,7 @@ typedef float V __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef float VUnaligned __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef uint32_t BitsUnaligned __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
 
 SSL_FAST_INLINE V as_floats(Bits bits) { return reinterpret_cast<V>(bits); }
 SSL_FAST_INLINE Bits as_bits(V v) { return reinterpret_cast<Bits>(v); }
@@ -64,11 +65,10 @@ SSL_FAST_INLINE void store(Half* p, V v) {
 #endif
 
 SSL_FAST_INLINE V load(const BFloat16* p) { return as_floats(widen(p) << 16); }
-// What is added decides which way the bits that are cut off round.
-SSL_FAST_INLINE void store_cut(BFloat16* p, V v, Bits added) {
-  store_low_halves(p, v == v ? (as_bits(v) + added) >> 16 : Bits{} + 0x7fc0);
-}
-SSL_FAST_INLINE void store(BFloat16* p, V v) { store_cut(p, v, ((as_bits(v) >> 16) & 1) + 0x7fff); }  // nearest even
+// bf16 in the upper halves; what is added decides which way the lower ones round.
+SSL_FAST_INLINE Bits rounded(V v, Bits added) { return v == v ? as_bits(v) + added : Bits{} + 0x7fc00000; }
+SSL_FAST_INLINE Bits to_nearest_even(V v) { return ((as_bits(v) >> 16) & 1) + 0x7fff; }
+SSL_FAST_INLINE void store(BFloat16* p, V v) { store_low_halves(p, rounded(v, to_nearest_even(v)) >> 16); }
 
 // ---- the same as Noise, stochastic() and Lerp of ema.h, for vectors
 
@@ -78,13 +78,15 @@ SSL_FAST_INLINE Bits mix_lanes(Bits x) {
   return x ^ (x >> 16);
 }
 
-// Of the 16 elements from there on.
-SSL_FAST_INLINE void draw(const Noise& noise, int64_t element, Bits drawn[2]) {
+// Of the 16 elements from there on, 16 bits each, in their order.
+SSL_FAST_INLINE Bits draw(const Noise& noise, int64_t element) {
   const Bits lane = {0, 1, 2, 3, 4, 5, 6, 7};
-  widen_halves(mix_lanes((lane + static_cast<uint32_t>(element / 2)) ^ noise.key), drawn);
+  return mix_lanes((lane + static_cast<uint32_t>(element / 2)) ^ noise.key);
 }
 
-SSL_FAST_INLINE void store_stochastically(BFloat16* p, V x, Bits noise) { store_cut(p, x, noise); }
+SSL_FAST_INLINE void store_stochastically(BFloat16* p, V x, Bits noise) {
+  store_low_halves(p, rounded(x, noise) >> 16);
+}
 
 SSL_FAST_INLINE void store_stochastically(Half* p, V x, Bits noise) {
   const Bits bits = as_bits(x), zero = {};
@@ -104,14 +106,36 @@ SSL_FAST_INLINE V average(V target, V source, const Lerp<float>& lerp) {
 
 // ---- a chunk
 
-// Sixteen elements of what a Pair describes. Copy: the type of its copy, void for none.
 constexpr int kStep = 2 * kLanes;
 
+// bf16 from bf16: even and odd elements apart, as they share 32 bits, take half the shifts and no packing.
+template <bool kRandom>
+SSL_FAST_INLINE void update_bf16_step(BFloat16* target, const BFloat16* source, int64_t element,
+                                      const Lerp<float>& lerp, const Noise& noise) {
+  auto* const targets = reinterpret_cast<BitsUnaligned*>(target);
+  const Bits t = *targets, s = *reinterpret_cast<const BitsUnaligned*>(source), upper = Bits{} + 0xffff0000;
+  const V even = average(as_floats(t << 16), as_floats(s << 16), lerp);
+  const V odd = average(as_floats(t & upper), as_floats(s & upper), lerp);
+  Bits even_added, odd_added;
+  if constexpr (kRandom) {
+    const Bits drawn = draw(noise, element);
+    even_added = drawn & 0xffff;
+    odd_added = drawn >> 16;
+  } else {
+    even_added = to_nearest_even(even);
+    odd_added = to_nearest_even(odd);
+  }
+  *targets = (rounded(even, even_added) >> 16) | (rounded(odd, odd_added) & upper);
+}
+
+// Sixteen elements of what a Pair describes. Copy: the type of its copy, void for none.
 template <class T, class S, class Copy, bool kRandom>
 SSL_FAST_INLINE void update_step(T* target, const S* source, uint16_t* copy, int64_t element, const Lerp<float>& lerp,
                                  const Noise& noise) {
+  if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<S, BFloat16>)
+    return update_bf16_step<kRandom>(target, source, element, lerp, noise);
   Bits drawn[2];
-  if constexpr (kRandom) draw(noise, element, drawn);
+  if constexpr (kRandom) widen_halves(draw(noise, element), drawn);
   for (int half = 0; half < 2; ++half) {
     const int at = half * kLanes;
     const V x = average(load(target + at), load(source + at), lerp);

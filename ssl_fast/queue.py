@@ -21,6 +21,7 @@ class KeyQueue(nn.Module):
     Args:
         size: how many keys.
         dim: their width.
+        normalize: keep the keys as rows of unit length, as MoCo's are; False: as they are given.
         gather_distributed: enqueue the keys of all processes of torch.distributed, as many on each, in their order.
 
     Attributes:
@@ -32,7 +33,7 @@ class KeyQueue(nn.Module):
         ValueError: from load_state_dict(), for a queue of another size or width, before any of it is loaded.
 
     Example:
-        >>> loss = info_nce(q, k, queue.keys, temperature=0.07)
+        >>> loss = info_nce(q, k, queue.keys, temperature=0.07)  # k of any length: both normalise
         >>> queue.enqueue(k)
     """
 
@@ -40,7 +41,7 @@ class KeyQueue(nn.Module):
     pointer: Tensor
     fill: Tensor
 
-    def __init__(self, size: int, dim: int, *, gather_distributed: bool = False) -> None:
+    def __init__(self, size: int, dim: int, *, normalize: bool = True, gather_distributed: bool = False) -> None:
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -48,7 +49,7 @@ class KeyQueue(nn.Module):
         self.register_buffer("keys", F.normalize(torch.randn(size, dim)))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.register_buffer("fill", torch.zeros((), dtype=torch.int64))
-        self.gather_distributed = gather_distributed
+        self.normalize, self.gather_distributed = normalize, gather_distributed
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
@@ -60,7 +61,8 @@ class KeyQueue(nn.Module):
             keys = gather(keys)
         last = keys[-size:]
         at = torch.arange(len(keys) - len(last), len(keys), device=self.keys.device)
-        self.keys.index_copy_(0, (self.pointer + at) % size, last.to(self.keys))
+        last = last.to(self.keys)
+        self.keys.index_copy_(0, (self.pointer + at) % size, F.normalize(last) if self.normalize else last)
         self.pointer.add_(len(keys)).remainder_(size)
         self.fill.add_(len(keys)).clamp_(max=size)
 
@@ -79,5 +81,5 @@ class KeyQueue(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
-        gathered = ", gather_distributed=True" if self.gather_distributed else ""
-        return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}{gathered}"
+        chosen = ("" if self.normalize else ", normalize=False") + self.gather_distributed * ", gather_distributed=True"
+        return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}{chosen}"

@@ -530,7 +530,7 @@ def test_options_of_nt_xent_against_their_formulas():
 
 
 def test_a_queue_wraps_at_any_batch_size_and_is_in_the_state_dict():
-    queue = KeyQueue(5, 2).to(DEVICE)
+    queue = KeyQueue(5, 2, normalize=False).to(DEVICE)
     rows = torch.arange(40.0, device=DEVICE).view(20, 2)
     expected, at = queue.keys.clone(), 0
     for start, stop in ((0, 3), (3, 6), (6, 13), (13, 13), (13, 18)):
@@ -541,6 +541,9 @@ def test_a_queue_wraps_at_any_batch_size_and_is_in_the_state_dict():
     other = KeyQueue(5, 2).to(DEVICE)
     other.load_state_dict(queue.state_dict())
     assert torch.equal(other.keys, expected) and other.pointer == at
+    other = KeyQueue(5, 2).to(DEVICE)
+    other.enqueue(rows[3:6])
+    assert torch.equal(other.keys[:3], F.normalize(rows[3:6])) and "normalize=False" in repr(queue)
     with pytest.raises(ValueError, match=r"keys: got shape \(3, 4\), allowed: \(N, 2\)"):
         queue.enqueue(torch.ones(3, 4, device=DEVICE))
     with pytest.raises(ValueError, match="size: got 0"):

@@ -341,7 +341,7 @@ QUICK = {"data": "digits", "model": "convnet", "batch_size": 360, "epochs": 1, "
 
 def test_train_and_evaluate(tmp_path):
     result = train(tmp_path, method="moco_v1", **QUICK)
-    assert result["step"] == 3 and 0 < result["loss"] < 10 and 0.5 < result["knn"] <= 1
+    assert result["step"] == 3 and 0 < result["loss"] < 10 and 0.9 < result["knn"] <= 1
     assert evaluate(tmp_path, protocol="knn")["knn"] == pytest.approx(result["knn"], abs=1e-6)
     log = (tmp_path / "train.log").read_text()
     assert "moco_v1, 0.1 M parameters" in log
@@ -393,7 +393,7 @@ def worker(rank, world, folder):
         optimizer.step()
         losses.append(loss.detach())
         seen.append(model.key.module[0].seen)
-    queue = KeyQueue(5, 2, gather_distributed=True)
+    queue = KeyQueue(5, 2, normalize=False, gather_distributed=True)
     queue.enqueue(torch.full((2, 2), float(rank)))
     with pytest.raises(ValueError, match="K: got 40, smaller than the 64 keys"):
         model(*views(1, 32, dtype=torch.float64).cpu()[0])

@@ -171,7 +171,7 @@ def test_out_holds_everything(tmp_path):
         0.5,
         0.03,
     )
-    assert result["step"] == 3 and result["epoch"] == 1 and 0.5 < result["knn"] <= 1 and result["knn_k"] == 20
+    assert result["step"] == 3 and result["epoch"] == 1 and 0.9 < result["knn"] <= 1 and result["knn_k"] == 20
     rows = metrics(tmp_path)
     assert rows[0].keys() >= {"knn", "knn_k", "knn_t"} and rows[0]["step"] == 0  # the random encoder
     assert 0.3 < rows[1]["std"] * 16**0.5 <= 1.001  # near 1 / sqrt(dim)

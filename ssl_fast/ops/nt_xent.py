@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ssl_fast._op import HALF_AND_FLOAT, Op
 from ssl_fast.ops import _losses
@@ -268,7 +267,7 @@ class NTXentLoss(nn.Module):
         super().__init__()
         self.memory_bank = None
         if isinstance(memory_bank_size, Sequence) and len(memory_bank_size) == 2:
-            self.memory_bank = KeyQueue(*memory_bank_size)
+            self.memory_bank = KeyQueue(*memory_bank_size, normalize=normalize)
         elif memory_bank_size != 0:
             raise ValueError(
                 f"memory_bank_size: got {memory_bank_size!r}, allowed: 0 (the other images are the negatives), or "
@@ -290,7 +289,7 @@ class NTXentLoss(nn.Module):
         negatives = self.memory_bank.keys.to(out0.dtype)
         loss = info_nce(out0, out1, negatives, self.temperature, **options)
         if out0.requires_grad:
-            self.memory_bank.enqueue(F.normalize(out1.detach()) if self.normalize else out1)
+            self.memory_bank.enqueue(out1)
         return loss
 
     def extra_repr(self) -> str:
