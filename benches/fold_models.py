@@ -1,4 +1,4 @@
-"""Folds every torchvision classification model that has batch norms, and ten of timm's: how many norms were folded, how
+"""Folds every torchvision classification model that has batch norms, and thirteen of timm's: how many norms were folded, how
 many left and why, and the error of the folded fp32 model against fp64, beside that of the unfolded.
 
 Weights are random; affine and statistics are not the defaults, and the statistics those of the batch, so that an error
@@ -24,7 +24,7 @@ from benches import common
 TABLE = Path(__file__).parents[1] / "docs/fold_models.md"
 NORMS = nn.modules.batchnorm._BatchNorm
 TIMM = ("resnet18", "resnetv2_50", "efficientnet_b0", "tf_efficientnetv2_b0", "mobilenetv3_small_100", "regnety_002",
-        "repvgg_a0", "ghostnet_100", "densenet121", "levit_128s")  # fmt: skip
+        "mixnet_s", "ghostnet_100", "dla34", "cspresnet50", "densenet121", "repvgg_a0", "levit_128s")  # fmt: skip
 COLUMNS = ("model", "norms", "folded", "left", "why left", "error, unfolded", "error, folded", "ratio")
 SIZE = {"inception_v3": 96, "maxvit_t": 224, "timm levit_128s": 224}  # of images; the others take 64
 BATCH = 4

@@ -212,10 +212,11 @@ class Op:
 
 
 def transforming() -> bool:
-    """Whether torch.func or forward-mode differentiation looks on: they follow a reference, operation by operation,
-    and know neither the operators nor an autograd.Function."""
-    looks_on = _forward_ad._current_level >= 0 or _peek_interpreter_stack() is not None
-    return looks_on and not torch.compiler.is_compiling()
+    """Whether torch.func, forward-mode differentiation or an export to ONNX looks on: they follow a reference, operation
+    by operation, and know neither the operators nor an autograd.Function."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return _forward_ad._current_level >= 0 or _peek_interpreter_stack() is not None
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:

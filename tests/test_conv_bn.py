@@ -531,13 +531,18 @@ def test_exported_graphs_hold_no_norm():
     assert not any("batch_norm" in n for n in graph_operators(torch.export.export(linear, (torch.randn(5, 8),))))
 
 
-def test_onnx_graphs_hold_no_norm(tmp_path):
-    onnx = pytest.importorskip("onnx")
+@pytest.mark.parametrize("model", ["shared", "accelerated"])
+def test_onnx_graphs_hold_no_norm_and_give_the_same(model, tmp_path):
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    folded, x = fold_conv_bn(randomised(Shared())), torch.randn(2, 4, 6, 6)
+    model = Shared() if model == "shared" else ssl_fast.accelerate(Residual()).model
+    folded, x = fold_conv_bn(randomised(model)), torch.randn(2, 4, 6, 6)
     torch.onnx.export(folded, (x,), tmp_path / "model.onnx", dynamo=True)
     operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert "Conv" in operators and "BatchNormalization" not in operators
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert torch.allclose(torch.from_numpy(y), folded(x), atol=1e-5)
 
 
 # ---- whole networks
