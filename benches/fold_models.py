@@ -1,5 +1,5 @@
-"""Folds every torchvision classification model that has batch norms, and thirteen of timm's: how many norms were folded, how
-many left and why, and the error of the folded fp32 model against fp64, beside that of the unfolded.
+"""Folds every torchvision classification model that has batch norms, and thirteen of timm's: how many norms were
+folded, how many left and why, and the error of the folded fp32 model against fp64, beside that of the unfolded.
 
 Weights are random; affine and statistics are not the defaults, and the statistics those of the batch, so that an error
 in any norm shows. `python -m benches.fold_models` writes docs/fold_models.md, model by model; names as arguments take

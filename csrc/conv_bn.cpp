@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kChunk = 8192;  // elements of one tensor that a thread takes at a time
 constexpr int64_t kGrain = 4;     // chunks below which waking a second thread takes longer than it saves
+constexpr int64_t kStreamBytes = 16 << 20;  // of all targets from which on they are written past the caches
 
 // The C++ type of a dtype, for f.
 template <class F>
@@ -88,22 +89,32 @@ inline __m256 product(__m256 x, __m256d scale) {
   return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_mul_pd(high, scale)), _mm256_cvtpd_ps(_mm256_mul_pd(low, scale)));
 }
 
-// How many elements were scaled, a multiple of 8.
-inline int64_t scale_run(float* to, const float* from, int64_t count, double scale) {
+inline __m256 load(const float* p) { return _mm256_loadu_ps(p); }
+inline __m256 load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+template <bool kStream>
+void store(float* p, __m256 v) {
+  kStream ? _mm256_stream_ps(p, v) : _mm256_storeu_ps(p, v);
+}
+template <bool kStream>
+void store(Half* p, __m256 v) {
+  auto* const at = reinterpret_cast<__m128i*>(p);
+  kStream ? _mm_stream_si128(at, _mm256_cvtps_ph(v, 0)) : _mm_storeu_si128(at, _mm256_cvtps_ph(v, 0));
+}
+
+template <bool kStream, class T>
+int64_t scale_vectors(T* to, const T* from, int64_t count, double scale) {
   const __m256d s = _mm256_set1_pd(scale);
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, product(_mm256_loadu_ps(from + i), s));
+  for (; i + 8 <= count; i += 8) store<kStream>(to + i, product(load(from + i), s));
   return i;
 }
 
-inline int64_t scale_run(Half* to, const Half* from, int64_t count, double scale) {
-  const __m256d s = _mm256_set1_pd(scale);
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const __m256 x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(product(x, s), 0));
-  }
-  return i;
+// How many elements were scaled, a multiple of 8.
+template <class T>
+int64_t scale_run(T* to, const T* from, int64_t count, double scale, bool stream) {
+  const bool aligned = reinterpret_cast<uintptr_t>(to) % (8 * sizeof(T)) == 0;
+  return stream && aligned ? scale_vectors<true>(to, from, count, scale) : scale_vectors<false>(to, from, count, scale);
 }
 
 }  // namespace avx2
@@ -111,19 +122,19 @@ SSL_FAST_TARGET_END
 #endif
 
 template <class T, class S>
-void scale_run(T* to, const S* from, int64_t count, double scale) {
+void scale_run(T* to, const S* from, int64_t count, double scale, bool stream) {
   int64_t i = 0;
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<T, S> && (std::is_same_v<T, float> || std::is_same_v<T, Half>)) {
     static const bool wide = std::min(cpu_capability(), detected_capability()) >= Capability::kAVX2;
-    if (wide) i = avx2::scale_run(to, from, count, scale);
+    if (wide) i = avx2::scale_run(to, from, count, scale, stream);
   }
 #endif
   for (; i < count; ++i) to[i] = static_cast<T>(static_cast<double>(from[i]) * scale);
 }
 
-// Elements begin to end of a row.
-void fold(const Row& row, int64_t begin, int64_t end) {
+// Elements begin to end of a row. stream: past the caches.
+void fold(const Row& row, int64_t begin, int64_t end, bool stream) {
   with_type(row.dtype, [&](auto t) {
     auto* to = static_cast<decltype(t)*>(row.target);
     if (row.kind == Row::kBias) {
@@ -135,10 +146,10 @@ void fold(const Row& row, int64_t begin, int64_t end) {
     }
     with_type(row.source.dtype, [&](auto s) {
       const auto* from = static_cast<const decltype(s)*>(row.source.at);
-      if (row.kind == Row::kCopy) return scale_run(to + begin, from + begin, end - begin, 1);
+      if (row.kind == Row::kCopy) return scale_run(to + begin, from + begin, end - begin, 1, stream);
       for (int64_t i = begin; i < end;) {
         const int64_t stop = std::min((i / row.channels.run + 1) * row.channels.run, end);
-        scale_run(to + i, from + i, stop - i, row.norm->scale(row.channels.of(i)));
+        scale_run(to + i, from + i, stop - i, row.norm->scale(row.channels.of(i)), stream);
         i = stop;
       }
     });
@@ -189,6 +200,9 @@ void conv_bn_fold_(std::vector<Tensor> targets, std::vector<Tensor> sources, std
     rows.push_back(row);
     first.push_back(first.back() + ceil_div(row.numel, kChunk));
   }
+  int64_t bytes = 0;
+  for (const Tensor& target : targets) bytes += target.numel() * static_cast<int64_t>(target.element_size());
+  const bool stream = bytes >= kStreamBytes;
   torch::stable::parallel_for(0, first.back(), kGrain, [&](int64_t begin, int64_t end) {
     int64_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t chunk = begin; chunk < end; ++i) {
@@ -198,10 +212,13 @@ void conv_bn_fold_(std::vector<Tensor> targets, std::vector<Tensor> sources, std
           std::memcpy(static_cast<char*>(rows[i].target) + from, static_cast<const char*>(rows[i].source.at) + from,
                       to - from);
         } else {
-          fold(rows[i], from, to);
+          fold(rows[i], from, to, stream);
         }
       }
     }
+#if defined(__x86_64__)
+    if (stream) _mm_sfence();
+#endif
   });
 }
 

@@ -212,8 +212,8 @@ class Op:
 
 
 def transforming() -> bool:
-    """Whether torch.func, forward-mode differentiation or an export to ONNX looks on: they follow a reference, operation
-    by operation, and know neither the operators nor an autograd.Function."""
+    """Whether torch.func, forward-mode differentiation or an export to ONNX looks on: they follow a reference,
+    operation by operation, and know neither the operators nor an autograd.Function."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
     return _forward_ad._current_level >= 0 or _peek_interpreter_stack() is not None

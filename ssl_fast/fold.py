@@ -91,6 +91,8 @@ def _old_hook(layer: nn.Module, name: str) -> Any:
 
 def _value(layer: nn.Module, name: str) -> Tensor | None:
     """A layer's weight or bias as it computes with in eval mode."""
+    if name in layer._parameters:  # those of hooks and parametrisations are not
+        return layer._parameters[name]
     hook = _old_hook(layer, name)
     if hook is not None:
         return OLD_HOOKS[type(hook)](hook, layer)
@@ -593,12 +595,12 @@ class _Folded(_Subclass):
             RuntimeError: for a model that was loaded from a file, or whose source has changed its structure.
         """
         origin = self._known_origin("refresh")
-        state = self._state()
-        if not force and state == origin.seen:
+        tensors = self._tensors()
+        if not force and _state(tensors) == origin.seen:
             return False
-        tensors = [tensor for tensor, *_ in state]
-        if origin.table is None or tensors != origin.tensors_of_table:
-            origin.table, origin.tensors_of_table = self._table(origin), tensors
+        ids = list(map(id, tensors))
+        if origin.table is None or ids != origin.tensors_of_table:
+            origin.table, origin.tensors_of_table = self._table(origin), ids
         targets, layers, copies, norms, eps, groups = origin.table
         with torch.no_grad():
             values = [_value(layer, name) for name in ("weight", "bias") for layer in layers]
@@ -610,7 +612,7 @@ class _Folded(_Subclass):
                     f"{targets[0].device}; move one to the other"
                 )
             fold_(targets, sources, norms, eps, groups)
-        origin.seen = self._state()
+        origin.seen = _state(tensors)
         return True
 
     def unfold(self: Any) -> nn.Module:
@@ -655,10 +657,9 @@ class _Folded(_Subclass):
             raise RuntimeError(f"{method}: got a model from a file, which has no source; fold the source model again")
         return self._origin
 
-    def _state(self: Any) -> list[Any]:
-        """Changes with any tensor. One of inference mode counts no versions, and is never known to be as before."""
-        tensors = [t for t in (*_registered(self), *self._origin.tensors()) if t is not None]
-        return [(id(t), t.data_ptr(), object() if t.is_inference() else t._version) for t in tensors]
+    def _tensors(self: Any) -> list[Tensor]:
+        """All of this model and of its source."""
+        return [t for t in (*_registered(self), *self._origin.tensors()) if t is not None]
 
     def _table(self: Any, origin: _Origin) -> tuple[Any, ...]:
         """What the operator takes, apart from the values of layers."""
@@ -680,10 +681,15 @@ class _Folded(_Subclass):
         return targets, layers, copies, *_of_norms(layers, found)
 
 
+def _state(tensors: Sequence[Tensor]) -> list[Any]:
+    """Changes with any tensor. One of inference mode counts no versions, and is never known to be as before."""
+    return [(id(t), t.data_ptr(), object() if t.is_inference() else t._version) for t in tensors]
+
+
 def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
     """As the operator takes them: what is absent has no elements."""
-    like = next((t for t in values if t is not None), None)
-    return [t if t is not None else like.new_empty(0) for t in values]  # type: ignore[union-attr]
+    absent = next((t.new_empty(0) for t in values if t is not None), None)
+    return [t if t is not None else absent for t in values]  # type: ignore[misc]
 
 
 def _of_norms(layers: Sequence[Any], norms: Sequence[Any]) -> tuple[list[Tensor], list[float], list[int]]:
@@ -956,7 +962,7 @@ def _assembled(
     folded.fold_report = report  # type: ignore[assignment]
     folded._origin = _Origin(None if inplace else model, pairs, replaced, cls)  # type: ignore[assignment]
     folded.__class__ = type(f"Folded{parts[0].__name__}", (_Folded, cls), {"_parts": (*parts, _Folded)})
-    folded._origin.seen = folded._state()  # type: ignore[operator, union-attr]
+    folded._origin.seen = _state(folded._tensors())  # type: ignore[operator, union-attr]
     return folded
 
 
