@@ -76,11 +76,12 @@ C10_HOST_DEVICE inline uint32_t mix(uint32_t x) {
 // 16 random bits for each element of one tensor of one call: neighbours share a draw of 32, which takes longer than all
 // else in an update. Every backend draws the same ones.
 struct Noise {
+  static constexpr uint32_t kFirst = 0x9e3779b9;  // mix(0) is 0: the first update of all would not be random
   uint32_t key;
 
   C10_HOST_DEVICE Noise(int64_t seed, int64_t tensor)
       : key(mix(mix(mix(static_cast<uint32_t>(seed >> 32)) + static_cast<uint32_t>(seed)) +
-                static_cast<uint32_t>(tensor))) {}
+                static_cast<uint32_t>(tensor) + kFirst)) {}
   C10_HOST_DEVICE uint32_t draw(int64_t pair) const { return mix(static_cast<uint32_t>(pair) ^ key); }
   // Of element even + i, where compilers see that two of them share a draw.
   C10_HOST_DEVICE uint32_t operator()(int64_t even, int i) const { return draw(even / 2 + i / 2) >> i % 2 * 16 & 0xffff; }

@@ -112,7 +112,7 @@ constexpr int kStep = 2 * kLanes;
 template <bool kRandom>
 SSL_FAST_INLINE void update_bf16_step(BFloat16* target, const BFloat16* source, int64_t element,
                                       const Lerp<float>& lerp, const Noise& noise) {
-  auto* const targets = reinterpret_cast<BitsUnaligned*>(target);
+  BitsUnaligned* const targets = reinterpret_cast<BitsUnaligned*>(target);  // with auto, g++ takes it for aligned
   const Bits t = *targets, s = *reinterpret_cast<const BitsUnaligned*>(source), upper = Bits{} + 0xffff0000;
   const V even = average(as_floats(t << 16), as_floats(s << 16), lerp);
   const V odd = average(as_floats(t & upper), as_floats(s & upper), lerp);

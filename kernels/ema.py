@@ -67,7 +67,8 @@ def _update_chunk(
     x = tl.where(keep == 0, s, x)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-        key = _mix(_mix(_mix((seed >> 32).to(tl.uint32)) + seed.to(tl.uint32)) + i.to(tl.uint32))
+        key = _mix(_mix((seed >> 32).to(tl.uint32)) + seed.to(tl.uint32)) + i.to(tl.uint32)
+        key = _mix(key + tl.full((), 0x9E3779B9, tl.uint32))  # mix(0) is 0
         draws = _mix((begin // 2 + tl.arange(0, BLOCK // 2)).to(tl.uint32) ^ key)  # two neighbours share one
         noise = tl.interleave(draws & 0xFFFF, draws >> 16)
         x = _round_stochastically(x, tl.where(i < averaged, code, 0), noise, MATH)

@@ -55,14 +55,16 @@ class KeyQueue(nn.Module):
     def enqueue(self, keys: Tensor) -> None:
         """Write keys (N, dim) over the oldest; of more than `size` the last ones stay."""
         size, dim = self.keys.shape
-        if keys.dim() != 2 or keys.shape[1] != dim:
-            raise ValueError(f"keys: got shape {tuple(keys.shape)}, allowed: (N, {dim})")
+        if not isinstance(keys, Tensor) or keys.dim() != 2 or keys.shape[1] != dim:
+            got = f"shape {tuple(keys.shape)}" if isinstance(keys, Tensor) else type(keys).__name__
+            raise ValueError(f"keys: got {got}, allowed: a tensor (N, {dim})")
         if self.gather_distributed:
             keys = gather(keys)
         last = keys[-size:]
         at = torch.arange(len(keys) - len(last), len(keys), device=self.keys.device)
-        last = last.to(self.keys)
-        self.keys.index_copy_(0, (self.pointer + at) % size, F.normalize(last) if self.normalize else last)
+        last = last.to(torch.promote_types(last.dtype, self.keys.dtype))
+        last = (F.normalize(last) if self.normalize else last).to(self.keys)
+        self.keys.index_copy_(0, (self.pointer + at) % size, last)
         self.pointer.add_(len(keys)).remainder_(size)
         self.fill.add_(len(keys)).clamp_(max=size)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import itertools
 import os
 import pickle
 import shutil
@@ -94,6 +95,23 @@ def test_one_call_takes_any_mix_of_layouts(backend: str) -> None:
         ema_update_(targets, sources, 0.9)
     check(targets, before, sources, 0.9)
     assert [t.stride() for t in targets] == strides
+
+
+@pytest.mark.parametrize("backend", backends(ema._update, torch.float32))
+@pytest.mark.parametrize("rounding", ("nearest", "stochastic"))
+def test_tensors_may_start_anywhere(rounding: str, backend: str) -> None:
+    offsets = (1, 2) if backend == "triton" and INTERPRETED else (1, 2, 3, 4, 7, 8)
+    chosen = list(itertools.product(FLOATS, FLOATS, offsets, (0, 1)))
+    targets = [draw((75,), to, i)[offset:] for i, (to, _, offset, _) in enumerate(chosen)]
+    sources = [draw((75 + more - offset,), d, i + 1)[more:] for i, (_, d, offset, more) in enumerate(chosen)]
+    before = [t.clone() for t in targets]
+    with ssl_fast.backend(backend):
+        ema_update_(targets, sources, 0.9, rounding=rounding)
+    if rounding == "nearest":
+        return check(targets, before, sources, 0.9)
+    for target, old, source in zip(targets, before, sources, strict=True):  # at most one step of its dtype away
+        exact = 0.9 * old.double() + 0.1 * source.double()
+        assert ((target.double() - exact).abs() <= torch.finfo(target.dtype).eps * exact.abs() + 1e-6).all()
 
 
 @pytest.mark.parametrize("backend", backends(ema._update, torch.float32))
@@ -264,7 +282,7 @@ def test_a_graph_that_holds_the_old_value_notices(backend: str) -> None:
 @pytest.mark.skipif(ema._update.reason("native", "cpu", torch.float32) is not None, reason="no native library")
 def test_the_portable_code() -> None:
     environment = {**os.environ, "SSL_FAST_CPU_CAPABILITY": "portable"}
-    chosen = "native and (fp64 or layouts or copies_and_rounds or that_of_the_reference)"
+    chosen = "native and (fp64 or layouts or start_anywhere or copies_and_rounds or that_of_the_reference)"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout
@@ -607,6 +625,14 @@ def test_ema_names_a_bad_argument(arguments: dict[str, object], message: str) ->
         cosine_momentum(0)
     with pytest.raises(ValueError, match="end: got 2"):
         cosine_momentum(5, end=2)
+    with pytest.raises(ValueError, match="model: got parameters that are not initialised"):
+        EMA(nn.LazyLinear(3))
+    with torch.inference_mode(), pytest.raises(ValueError, match="model: got tensors of torch.inference_mode"):
+        EMA(nn.Linear(2, 2))
+    normed = torch.nn.utils.weight_norm(nn.Linear(2, 2))
+    normed(torch.ones(1, 2))
+    with pytest.raises(ValueError, match="model: got Linear, which copy.deepcopy refuses"):
+        EMA(normed)
 
 
 # ---- the kernel's code, compiled for the host

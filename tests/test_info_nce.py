@@ -544,7 +544,9 @@ def test_a_queue_wraps_at_any_batch_size_and_is_in_the_state_dict():
     other = KeyQueue(5, 2).to(DEVICE)
     other.enqueue(rows[3:6])
     assert torch.equal(other.keys[:3], F.normalize(rows[3:6])) and "normalize=False" in repr(queue)
-    with pytest.raises(ValueError, match=r"keys: got shape \(3, 4\), allowed: \(N, 2\)"):
+    other.half().enqueue(torch.tensor([[1e5, 0.0], [0.0, 0.0]], device=DEVICE))  # normalised before it is rounded
+    assert torch.equal(other.float().keys[3:], torch.tensor([[1.0, 0.0], [0.0, 0.0]], device=DEVICE))
+    with pytest.raises(ValueError, match=r"keys: got shape \(3, 4\), allowed: a tensor \(N, 2\)"):
         queue.enqueue(torch.ones(3, 4, device=DEVICE))
     with pytest.raises(ValueError, match="size: got 0"):
         KeyQueue(0, 2)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
 from torch.autograd.graph import increment_version
+from torch.nn.parameter import is_lazy
 
 from ssl_fast._op import HALF_AND_FLOAT, Op
 
@@ -50,7 +51,8 @@ def _reference(
         alike = [i for i in alike if seed is None or targets[i].dtype not in _16_BIT]
         if alike:
             torch._foreach_lerp_([targets[i] for i in alike], [sources[i] for i in alike], weight.item())
-        rest = {i: pair for i, pair in rest.items() if i not in set(alike)}
+            done = set(alike)
+            rest = {i: pair for i, pair in rest.items() if i not in done}
     for i, (t, s) in rest.items():
         if i < averaged:
             wide = torch.promote_types(torch.promote_types(t.dtype, s.dtype), torch.float32)
@@ -72,7 +74,7 @@ def _mix(x: Tensor) -> Tensor:
 def _noise(seed: Tensor, tensor: int, shape: Sequence[int]) -> Tensor:
     """16 random bits, in int64, for each element of the tensor of that number: neighbours share a draw of 32."""
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    key = _mix((_mix((_mix(high) + low) & 0xFFFFFFFF) + tensor) & 0xFFFFFFFF)
+    key = _mix((_mix((_mix(high) + low) & 0xFFFFFFFF) + tensor + 0x9E3779B9) & 0xFFFFFFFF)  # mix(0) is 0
     count = math.prod(shape)
     draws = _mix((torch.arange((count + 1) // 2, device=seed.device) & 0xFFFFFFFF) ^ key)
     return torch.stack((draws & 0xFFFF, draws >> 16), 1).flatten()[:count].reshape(shape)
@@ -278,8 +280,21 @@ class EMA(nn.Module):
         _momentum("momentum", momentum, _present(model))
         self.momentum, self.schedule = momentum, schedule
         self.buffer_rule, self.rounding = buffers, rounding
+        if any(is_lazy(t) for t in _present(model)):
+            raise ValueError("model: got parameters that are not initialised, allowed: initialised ones; run a batch")
         self._masks = _not_finite(model)
-        self.module = copy.deepcopy(model).requires_grad_(False)
+        try:
+            self.module = copy.deepcopy(model).requires_grad_(False)
+        except RuntimeError as error:
+            raise ValueError(
+                f"model: got {type(model).__name__}, which copy.deepcopy refuses: {error}; build the EMA before the "
+                "first forward pass, and with torch.nn.utils.parametrizations in the place of weight_norm"
+            ) from error
+        if any(t.is_inference() for t in _present(self.module)):
+            raise ValueError(
+                "model: got tensors of torch.inference_mode(), which no update may change outside of it, allowed: "
+                "others; build the EMA outside"
+            )
         for parameter in self.module.parameters():
             parameter.grad = None  # which were copied as well
         device = next((t.device for t in _present(model)), None)
