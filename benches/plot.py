@@ -101,6 +101,35 @@ def step_block() -> str:
     return by_device(rows_of(*STEPS), lines)
 
 
+def fold_block() -> str:
+    """The forward pass of folded networks, a line for each, and what a refresh takes."""
+
+    def forwards(here: Rows) -> list[common.Row]:
+        found = []
+        for shape in dict.fromkeys(r["shape"] for r in here):
+            own = {r["provider"]: r for r in here if r["shape"] == shape}
+            line: common.Row = {"network": unbroken(shape), "unfolded ms": own["unfolded"]["ms"]}
+            columns = {
+                "ssl_fast folded": "folded, of its time",
+                "torch.fx fuse": "torch.fx",
+                "torch.compile": "compiled",
+                "ssl_fast folded, torch.compile": "folded, compiled",
+                "inductor freezing": "inductor freezing",
+            }
+            line |= {title: own[provider]["ratio"] if provider in own else "" for provider, title in columns.items()}
+            line |= {"error, folded": own["ssl_fast folded"]["error"], "error, unfolded": own["unfolded"]["error"]}
+            found.append(line)
+        return found
+
+    def refreshes(here: Rows) -> list[common.Row]:
+        return [
+            {"refresh of": unbroken(r["shape"]), "provider": r["provider"], "ms": r["ms"], "x a copy": r["ratio"]}
+            for r in here
+        ]
+
+    return "\n".join((by_device(rows_of("conv_bn"), forwards), by_device(rows_of("conv_bn refresh"), refreshes)))
+
+
 def by_device(rows: Rows, lines: Callable[[Rows], list[common.Row]]) -> str:
     """A table for each device that rows come from."""
     blocks = []
@@ -119,7 +148,7 @@ def unbroken(text: str) -> str:
 
 def updated(readme: str) -> str:
     """The README with the tables that benches/results.csv gives now."""
-    for name, block in (("losses", loss_block()), ("norms", norm_block()), ("steps", step_block())):
+    for name, block in (("losses", loss_block()), ("norms", norm_block()), ("folds", fold_block()), ("steps", step_block())):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, rest = readme.split(begin)
         readme = f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
