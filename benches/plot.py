@@ -18,8 +18,7 @@ OURS, DENSE = "ssl_fast", "dense PyTorch"
 Rows = list[dict[str, str]]
 
 LOSSES = {"nt_xent": "NT-Xent", "info_nce": "InfoNCE, queue", "clip": "CLIP", "sup_con": "SupCon"}
-
-
+NORMS = {"batch_norm": "", "layer_norm": "LN ", "instance_norm": "IN "}  # the shapes of batch norm name it
 STEPS = {"ema": "EMA", "moco": "MoCo step", "accelerate": "training step"}
 
 
@@ -31,17 +30,18 @@ def rows_of(*ops: str) -> Rows:
 
 
 def norm_block() -> str:
-    """Forward and backward of batch and instance norm, a line for each tensor and allocator."""
+    """Forward and backward of the norms, a line for each tensor and allocator."""
 
     def lines(here: Rows) -> list[common.Row]:
         found = []
-        for shape, dtype, allocator in dict.fromkeys((r["shape"], r["dtype"], r["allocator"]) for r in here):
-            own = [r for r in here if (r["shape"], r["dtype"], r["allocator"]) == (shape, dtype, allocator)]
+        keys = ("op", "shape", "dtype", "allocator")
+        for op, shape, dtype, allocator in dict.fromkeys(tuple(r[k] for k in keys) for r in here):
+            own = [r for r in here if tuple(r[k] for k in keys) == (op, shape, dtype, allocator)]
             ms = {r["provider"]: float(r["ms"]) for r in own}
             off = {r["provider"]: r["error"] for r in own}
             found.append(
                 {
-                    "tensor": unbroken(shape),
+                    "tensor": unbroken(NORMS[op] + shape),
                     "dtype": dtype,
                     "allocator": allocator,
                     "ssl_fast ms": ms["ssl_fast"],
@@ -54,7 +54,7 @@ def norm_block() -> str:
             )
         return found
 
-    return by_device(rows_of("batch_norm", "instance_norm"), lines)
+    return by_device(rows_of(*NORMS), lines)
 
 
 def loss_block() -> str:
