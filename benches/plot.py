@@ -148,7 +148,8 @@ def unbroken(text: str) -> str:
 
 def updated(readme: str) -> str:
     """The README with the tables that benches/results.csv gives now."""
-    for name, block in (("losses", loss_block()), ("norms", norm_block()), ("folds", fold_block()), ("steps", step_block())):
+    blocks = {"losses": loss_block(), "norms": norm_block(), "folds": fold_block(), "steps": step_block()}
+    for name, block in blocks.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, rest = readme.split(begin)
         readme = f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
