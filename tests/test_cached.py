@@ -1,0 +1,401 @@
+"""The cached step against the whole one: gradients, random numbers, buffers, autocast, processes, lack of memory.
+
+The processes are started by running this file: `python test_cached.py RANK FOLDER`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import ssl_fast  # noqa: E402
+from ssl_fast import CachedStep, CLIPLoss, InfoNCE, NTXentLoss, cached_step  # noqa: E402
+
+N = 11  # micro-batches of unequal size
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Threads that wait for each other on a busy machine would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+class Watched(nn.Sequential):
+    """Counts the rows of every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.__dict__.setdefault("rows", []).append(len(x))
+        return super().forward(x)
+
+
+def encoder(norm: str = "layer", dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(1)
+    norms = {"layer": lambda: nn.GroupNorm(1, 8), "batch": lambda: nn.BatchNorm2d(8)}
+    norms |= {"ours": lambda: ssl_fast.nn.BatchNorm2d(8, activation="relu"), "frozen": lambda: nn.BatchNorm2d(8).eval()}
+    norms |= {"cumulative": lambda: nn.BatchNorm2d(8, momentum=None)}
+    norms |= {"instance": lambda: nn.InstanceNorm2d(8, track_running_stats=True)}
+    return Watched(
+        nn.Conv2d(3, 8, 3, bias=False), norms[norm](), nn.ReLU(), nn.Dropout(dropout), nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(), nn.Linear(32, 6),
+    )  # fmt: skip
+
+
+def views(rows: int = N) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(rows, 3, 6, 6, generator=generator) for _ in range(2)]
+
+
+def gradients(*modules: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for m in modules for p in m.parameters() if p.grad is not None])
+
+
+def whole(model: nn.Module, loss: Any, given: list[Tensor]) -> Tensor:
+    value = loss(*(model(view) for view in given))
+    value.backward()
+    return value.detach()
+
+
+def in_parts(model: nn.Module, loss: Any, given: list[Tensor], micro_batch: int) -> Tensor:
+    """The graph of the same micro-batches, all at once."""
+    parts = -(-len(given[0]) // micro_batch)
+    value = loss(*[torch.cat([model(x) for x in view.tensor_split(parts)]) for view in given])
+    value.backward()
+    return value.detach()
+
+
+def assert_same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+    assert theirs.norm() > 1e-3  # a comparison of zeros would say nothing
+    assert F.cosine_similarity(ours.double(), theirs.double(), dim=0) > 1 - 1e-9
+    assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("norm", ["layer", "frozen"])
+@pytest.mark.parametrize("micro_batch", [1, 4, 10])
+def test_gradient_is_that_of_the_whole_batch(norm, micro_batch):
+    ours, theirs = encoder(norm), encoder(norm)
+    loss, expected = NTXentLoss(0.2), whole(theirs, NTXentLoss(0.2), views())
+    value = cached_step(ours, views(), loss, micro_batch)
+    assert not value.requires_grad and value == pytest.approx(expected.item(), rel=1e-6)
+    assert_same(gradients(ours), gradients(theirs))
+    assert max(ours.rows) <= micro_batch and sum(ours.rows) == 4 * N
+
+
+def test_gradients_accumulate():
+    ours, theirs = encoder(), encoder()
+    for _ in range(2):
+        cached_step(ours, views(), NTXentLoss(), 3)
+        whole(theirs, NTXentLoss(), views())
+    assert_same(gradients(ours), gradients(theirs))
+
+
+@pytest.mark.parametrize("micro_batch", [N, 100])
+def test_a_micro_batch_that_covers_the_batch_is_the_plain_step(micro_batch):
+    ours, theirs = encoder("batch", 0.3), encoder("batch", 0.3)
+    torch.manual_seed(3)
+    expected = whole(theirs, NTXentLoss(), views())
+    torch.manual_seed(3)
+    assert torch.equal(cached_step(ours, views(), NTXentLoss(), micro_batch), expected)
+    assert torch.equal(gradients(ours), gradients(theirs)) and ours.rows == [N, N]
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
+
+
+class Noisy(nn.Module):
+    """Draws from every generator there is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.4) * (1 + random.random()) * (1 + np.random.rand())
+
+
+@pytest.mark.parametrize("norm", ["batch", "ours", "cumulative", "instance"])
+def test_both_passes_draw_the_same_and_buffers_move_once(norm):
+    ours, theirs = (Watched(encoder(norm), Noisy()) for _ in range(2))
+    results = []
+    for step, model in ((cached_step, ours), (in_parts, theirs)):
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(3)
+        value = step(model, *((views(), NTXentLoss()) if step is cached_step else (NTXentLoss(), views())), 4)
+        results.append((value, torch.rand(1), random.random(), np.random.rand()))
+    assert results[0] == results[1]  # the generators go on as after one pass
+    assert_same(gradients(ours), gradients(theirs), 1e-6)
+    for (name, a), b in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(a, b), name
+    if norm != "instance":  # which torch does not count
+        assert dict(ours.named_buffers())["0.1.num_batches_tracked"] == 6  # two views in three parts
+
+
+def test_power_iterations_are_replayed():
+    ours, theirs = (
+        nn.Sequential(nn.Flatten(), nn.utils.parametrizations.spectral_norm(linear))
+        for linear in (torch.manual_seed(4) and nn.Linear(108, 5) for _ in range(2))
+    )
+    theirs.load_state_dict(ours.state_dict())
+    cached_step(ours, views(), NTXentLoss(), 4)
+    in_parts(theirs, NTXentLoss(), views(), 4)
+    assert_same(gradients(ours), gradients(theirs))
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
+
+
+def test_a_learned_temperature_and_two_encoders():
+    class Clip(CLIPLoss):
+        def __init__(self):
+            super().__init__()
+            self.logit_scale = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, a, b):
+            return super().forward(F.normalize(a), F.normalize(b), self.logit_scale.exp())
+
+    images, texts = views()[0], torch.randint(50, (N, 7))
+    found = []
+    for step in (cached_step, None):
+        torch.manual_seed(5)
+        towers = [encoder(), nn.Sequential(nn.Embedding(50, 16), nn.Flatten(), nn.LayerNorm(112), nn.Linear(112, 6))]
+        loss = Clip()
+        if step:
+            step(towers, (images, texts), loss, 4)
+        else:
+            loss(towers[0](images), towers[1](texts)).backward()
+        found.append(gradients(*towers, loss))
+    assert_same(*found)
+
+
+def test_keys_without_gradient_are_embedded_once():
+    ours, theirs, key = encoder(), encoder(), encoder("batch").requires_grad_(False)
+    loss = InfoNCE(0.1)
+    cached_step([ours, key], views(), loss, 4)
+    k = torch.cat([copy.deepcopy(key)(x) for x in views()[1].tensor_split(3)])
+    loss(theirs(views()[0]), k).backward()
+    assert_same(gradients(ours), gradients(theirs))
+    assert sum(key.rows[:3]) == N and key[1].num_batches_tracked == 3
+    both = encoder("batch")
+    cached_step(both, views(), lambda q, k: loss(q, k.detach()), 4)
+    assert sum(both.rows) == 3 * N and both[1].num_batches_tracked == 6
+
+
+def test_autocast():
+    found = []
+    for step in (cached_step, whole):
+        model = encoder()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = step(model, views(), NTXentLoss(), 4) if step is cached_step else NTXentLoss()(*map(model, views()))
+        if step is whole:
+            value.backward()
+        assert value.dtype == torch.float32
+        found.append(gradients(model))
+    assert F.cosine_similarity(*found, dim=0) > 0.9999  # whose rows went into other sums of bf16 products
+
+
+def test_scale_of_a_scaler():
+    ours, theirs = encoder(), encoder()
+    value = cached_step(ours, views(), NTXentLoss(), 4, scale=lambda loss: loss * 1024)
+    assert value == pytest.approx(whole(theirs, NTXentLoss(), views()).item())
+    assert_same(gradients(ours) / 1024, gradients(theirs))
+
+
+def test_views_with_a_gradient():
+    ours, theirs = views(), views()
+    for view in (*ours, *theirs):
+        view.requires_grad_()
+    cached_step(encoder(), ours, NTXentLoss(), 4)
+    whole(encoder(), NTXentLoss(), theirs)
+    assert_same(torch.cat([v.grad.flatten() for v in ours]), torch.cat([v.grad.flatten() for v in theirs]))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"micro_batch": 0}, ValueError, "micro_batch: got 0, allowed: a whole number >= 1"),
+        ({"micro_batch": True}, ValueError, "micro_batch: got True"),
+        ({"micro_batch": "auto"}, ValueError, "CachedStep and train also take 'auto'"),
+        ({"views": torch.ones(2, 3)}, TypeError, "views: got Tensor, allowed: a list of tensors"),
+        ({"views": []}, TypeError, "views: got list"),
+        ({"views": [torch.ones(2, 3, 6, 6), torch.ones(3, 3, 6, 6)]}, ValueError, r"views: got \[2, 3\] rows"),
+        ({"views": [torch.ones(0, 3, 6, 6)] * 2}, ValueError, r"views: got \[0, 0\] rows"),
+        ({"encoder": len}, TypeError, "encoder: got builtin_function_or_method, allowed: an nn.Module"),
+        ({"encoder": [nn.Identity()]}, ValueError, "encoder: got 1 modules for 2 views"),
+        ({"encoder": nn.LSTM(6, 6)}, TypeError, "encoder: returned tuple for 3 rows"),
+        ({"encoder": nn.Sequential(nn.Flatten(0), nn.Linear(648, 2))}, TypeError, r"shape \(2,\) for 6 rows"),
+        ({"loss": lambda a, b: (a * b).sum(1)}, TypeError, r"loss: returned shape \(11,\), allowed: a scalar"),
+        ({"loss": lambda a, b: 1.0}, TypeError, "loss: returned float"),
+        ({"loss": lambda a, b: a.detach().sum()}, ValueError, "loss: returned a tensor without gradient"),
+        ({"encoder": nn.Flatten()}, ValueError, "loss: returned a tensor without gradient"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(change, error, message):
+    given: dict[str, Any] = {"encoder": encoder(), "views": views(), "loss": NTXentLoss(), "micro_batch": 6}
+    if isinstance(change.get("encoder"), nn.LSTM):
+        given |= {"views": [torch.ones(6, 6)] * 2, "micro_batch": 3}
+    elif isinstance(change.get("encoder"), nn.Sequential):
+        given |= {"views": [torch.ones(12, 3, 6, 6)] * 2}
+    with pytest.raises(error, match=message):
+        cached_step(**{**given, **change})
+
+
+# ---- the micro-batch that fits
+
+
+class Hungry(nn.Module):
+    """Runs out of memory in the `at`-th call with a graph, where it sees more than `most` rows."""
+
+    def __init__(self, inner: nn.Module, most: int, at: int = 2):
+        super().__init__()
+        self.inner, self.most, self.at, self.calls = inner, most, at, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and len(x) > self.most:
+            self.calls += 1
+            if self.calls >= self.at:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.inner(x)
+
+
+def test_running_out_halves_and_loses_nothing(caplog):
+    ours, theirs = encoder("batch", 0.3), encoder("batch", 0.3)
+    step = CachedStep()
+    step.micro_batch = 8
+    for model, call in ((ours, step), (theirs, None)):
+        model[-1].weight.grad = torch.ones_like(model[-1].weight)  # of an earlier backward
+        torch.manual_seed(3)
+        with caplog.at_level(logging.WARNING, "ssl_fast"):
+            if call:
+                call(Hungry(model, most=4), views(), NTXentLoss())
+            else:
+                in_parts(model, NTXentLoss(), views(), 4)
+    assert step.micro_batch == 4
+    assert [r.getMessage() for r in caplog.records] == [
+        "out of memory with micro_batch=8: the step begins again with 4"
+    ]
+    assert_same(gradients(ours), gradients(theirs))
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
+
+
+def test_running_out_is_an_error_where_nothing_is_left_to_halve():
+    step = CachedStep(5)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(Hungry(encoder(), most=3), views(), NTXentLoss())
+    step = CachedStep()
+    step.micro_batch = 8
+    with pytest.raises(torch.OutOfMemoryError):
+        step(Hungry(encoder(), most=0), views(), NTXentLoss())
+    assert step.micro_batch == 1
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        CachedStep()(nn.Linear(3, 4), [torch.ones(8, 5)] * 2, NTXentLoss())
+
+
+class Sized(nn.Module):
+    """A row of it takes a million bytes for the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6))
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.exp(x.expand(len(x), 250_000) * self.weight[0])
+        return self.norm(self.weight * wide.mean(1, keepdim=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is not counted here")
+def test_auto_finds_what_fits():
+    model, x = Sized(), torch.randn(100, 1)
+    before = copy.deepcopy(model.state_dict())
+    taken = ssl_fast.memory.resident_memory("VmRSS")
+    torch.manual_seed(3)
+    found = CachedStep("auto", memory=taken + 100 * 10**6)._find([model, model], [x, x], 100)
+    assert 20 <= found <= 60  # forward and backward hold two or three such rows at once
+    assert all(torch.equal(a, before[name]) for name, a in model.state_dict().items()) and model.weight.grad is None
+    assert torch.equal(torch.rand(2), torch.manual_seed(3) and torch.rand(2))
+    assert CachedStep("auto", memory=taken + 10**11)._find([model, model], [x, x], 100) == 100
+    assert CachedStep("auto")._find([model, model], [x, x], 8) == 8
+    with pytest.raises(ValueError, match=r"memory: got .* are taken by the model.* and .* by each row"):
+        CachedStep("auto", memory=taken // 2)._find([model, model], [x, x], 100)
+    step = CachedStep("auto", memory=taken + 100 * 10**6)
+    assert step(model, [x, x], NTXentLoss()).isfinite()
+    assert 20 <= step.micro_batch <= 60 and model.norm.num_batches_tracked == 2 * -(-100 // step.micro_batch)
+
+
+@pytest.mark.parametrize("wrong", ["20", "GiB", "20 parsecs", "-1GiB", "0GB", ""])
+def test_sizes(wrong):
+    parse = ssl_fast.memory.parse_memory
+    assert parse("20GiB") == 20 * 2**30 and parse("1.5 gb") == 1_500_000_000 and parse(4096) == 4096
+    if wrong != "20":
+        with pytest.raises(ValueError, match="memory: got .*such as 20GiB"):
+            parse(wrong)
+
+
+# ---- two processes
+
+
+def of_process(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = DistributedDataParallel(encoder("batch", 0.2))
+    reduced = []
+
+    def hook(state, bucket):
+        reduced.append(bucket.index())
+        return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
+
+    model.register_comm_hook(None, hook)
+    given = [v.chunk(2)[rank] for v in views(12)]
+    for _ in range(2):
+        model.zero_grad()
+        torch.manual_seed(rank)
+        cached_step(model, given, NTXentLoss(), 2)
+    step = CachedStep()
+    step.micro_batch = 4
+    error = ""
+    try:
+        step(Hungry(model, most=1, at=1), given, NTXentLoss())
+    except torch.OutOfMemoryError as raised:
+        error = str(raised)
+    torch.save({"gradient": gradients(model), "reduced": reduced, "error": error,
+                "stats": dict(model.module.named_buffers())}, folder / f"{rank}.pt")  # fmt: skip
+    dist.destroy_process_group()
+
+
+def test_two_processes_reduce_once(tmp_path):
+    command = [sys.executable, __file__]
+    processes = [subprocess.Popen([*command, str(r), str(tmp_path)], stderr=subprocess.PIPE, text=True) for r in (0, 1)]
+    for process in processes:
+        _, error = process.communicate(timeout=100)
+        assert process.returncode == 0, error
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert all(f["reduced"] == [0, 0] for f in found)  # one bucket, once a step
+    assert all("out of memory" in f["error"] for f in found)
+    alone = []
+    for rank in (0, 1):
+        model = encoder("batch", 0.2)
+        for _ in range(2):
+            model.zero_grad()
+            torch.manual_seed(rank)
+            in_parts(model, NTXentLoss(), [v.chunk(2)[rank] for v in views(12)], 2)
+        alone.append((gradients(model), model[1]))
+    mean = (alone[0][0] + alone[1][0]) / 2
+    for f in found:
+        assert_same(f["gradient"], mean)
+        assert f["stats"]["1.num_batches_tracked"] == 12
+    assert torch.allclose(found[0]["stats"]["1.running_mean"], alone[0][1].running_mean, atol=1e-6)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    of_process(int(sys.argv[1]), Path(sys.argv[2]))
