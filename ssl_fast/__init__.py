@@ -3,7 +3,7 @@
 from ssl_fast import functional, nn
 from ssl_fast._op import backend
 from ssl_fast.accelerate import accelerate
-from ssl_fast.cached import CachedStep, cached_step
+from ssl_fast.cached import CachedStep, cached_step, checkpoint_stages
 from ssl_fast.fold import fold_conv_bn
 from ssl_fast.methods import MoCo, SimCLR
 from ssl_fast.ops.ema import EMA, cosine_momentum, ema_update_, update_momentum
@@ -27,6 +27,7 @@ __all__ = [
     "accelerate",
     "backend",
     "cached_step",
+    "checkpoint_stages",
     "convert_sync_batchnorm",
     "cosine_momentum",
     "ema_update_",

@@ -10,6 +10,7 @@ from typing import Any
 
 from ssl_fast._extras import nearest, require
 from ssl_fast.augment import Policy, policy_named
+from ssl_fast.cached import CachedStep
 from ssl_fast.methods import METHODS
 from ssl_fast.optim import DEFAULTS, SCHEDULES
 
@@ -30,8 +31,7 @@ def check_arguments(given: dict[str, Any]) -> dict[str, Any]:
     extra, known = given["method_args"], method_arguments(given["method"])
     for name in extra:
         if name not in known:
-            allowed = [*config, *known]
-            raise TypeError(f"train: unknown argument {name!r}, {nearest(name, allowed)}allowed: {', '.join(allowed)}")
+            raise TypeError(f"train: unknown argument {name!r}, {instead_of(name, [*config, *known])}")
     config |= {name: extra.get(name, p.default) for name, p in known.items()}
 
     at_least = {
@@ -52,6 +52,14 @@ def check_arguments(given: dict[str, Any]) -> dict[str, Any]:
     for key in ("lr", "weight_decay", "warmup_epochs"):
         if config[key] is not None and not 0 <= config[key] < math.inf:
             raise ValueError(f"{key}: got {config[key]!r}, allowed: a finite number >= 0")
+    micro_batch, memory = config["micro_batch"], config["memory"]
+    if micro_batch is not None:
+        CachedStep(micro_batch, memory)
+    if memory is not None and micro_batch != "auto":
+        raise ValueError(
+            f"memory: got {memory!r} with micro_batch={micro_batch}, allowed: with micro_batch='auto', whose budget it "
+            "is"
+        )
     for key, allowed in (
         ("optimizer", ["auto", *DEFAULTS]),
         ("schedule", ["auto", *SCHEDULES]),
@@ -64,6 +72,17 @@ def check_arguments(given: dict[str, Any]) -> dict[str, Any]:
     if config["augment"] != "auto":
         policy_named(config["augment"])
     return {key: plain(value) for key, value in config.items()}
+
+
+def instead_of(name: str, allowed: list[str]) -> str:
+    """What to say of an argument that is not there: the nearest name, and those that are."""
+    if "accum" in name:
+        return (
+            "which a contrastive loss does not have: each image would meet the negatives of its own part of the batch "
+            "alone, and the sum of those losses is another loss. Give the whole batch_size, and micro_batch=N or auto: "
+            "the encoder sees N images at once, the loss all of them"
+        )
+    return f"{nearest(name, allowed)}allowed: {', '.join(allowed)}"
 
 
 def plain(value: Any) -> Any:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ssl_fast._distributed import rank_and_world
 from ssl_fast.memory import format_memory, free_memory, out_of_memory, parse_memory, peak_memory
@@ -237,6 +238,43 @@ class CachedStep:
         return min(fits, -(-rows // 2))
 
 
+def checkpoint_stages(model: nn.Module) -> list[str]:
+    """Keep the activations between a model's stages alone, and compute those within again in the backward, in place.
+
+    A stage is a child of one of its outermost nn.Sequentials or nn.ModuleLists: a residual block of a ResNet, a block
+    of a ViT. One more forward pass for the activations of one stage at a time (torch.utils.checkpoint); dropout is
+    replayed, and running statistics, which torch alone would move twice, move once.
+
+    Returns:
+        The names of the stages.
+
+    Raises:
+        ValueError: for a model without stages.
+
+    Example:
+        >>> checkpoint_stages(torchvision.models.resnet50())  # 16 names, layer1.0 to layer4.2
+    """
+    containers = [n for n, m in model.named_modules() if isinstance(m, (nn.Sequential, nn.ModuleList))]
+    outermost = [n for n in containers if not any(n != o and (n.startswith(f"{o}.") or not o) for o in containers)]
+    stages = {f"{n}.{c}".lstrip("."): m for n in outermost for c, m in model.get_submodule(n).named_children()}
+    stages = {name: stage for name, stage in stages.items() if any(stage.children())}
+    if not stages:
+        raise ValueError(
+            f"model: got {type(model).__name__}, allowed: one with an nn.Sequential or nn.ModuleList of stages; wrap "
+            "its parts in torch.utils.checkpoint"
+        )
+    for stage in stages.values():
+        stage.forward = functools.partial(_checkpointed, stage, stage.forward)  # type: ignore[method-assign]
+    return list(stages)
+
+
+def _checkpointed(stage: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    contexts = (contextlib.nullcontext(), _KeptBuffers([stage]))
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
+
+
 def check_micro_batch(micro_batch: Any) -> None:
     if not isinstance(micro_batch, int) or isinstance(micro_batch, bool) or micro_batch < 1:
         raise ValueError(
@@ -353,6 +391,19 @@ class _Buffers:
     def restore(self) -> None:
         for module, name, buffer, value in self.saved:
             module._buffers[name] = buffer.copy_(value)
+
+
+class _KeptBuffers:
+    """In whose block buffers move for nothing; it may be entered again."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+
+    def __enter__(self) -> None:
+        self.before = _Buffers(self.modules)
+
+    def __exit__(self, *error: Any) -> None:
+        self.before.restore()
 
 
 class _State:

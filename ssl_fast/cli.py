@@ -12,7 +12,7 @@ from typing import Any
 
 from ssl_fast import info
 from ssl_fast._extras import nearest
-from ssl_fast.arguments import method_arguments
+from ssl_fast.arguments import instead_of, method_arguments
 from ssl_fast.augment import Policy
 from ssl_fast.demo import demo
 from ssl_fast.evaluate import evaluate
@@ -65,7 +65,7 @@ def _parse(command: Callable[..., Any], words: list[str]) -> dict[str, Any]:
     allowed = _allowed(command, pairs.get("method", "simclr"))
     for key in pairs:
         if key not in allowed:
-            raise ValueError(f"unknown key {key!r}, {nearest(key, list(allowed))}allowed: {', '.join(allowed)}")
+            raise ValueError(f"unknown key {key!r}, {instead_of(key, list(allowed))}")
     given = {key: _convert(key, value, allowed[key].annotation) for key, value in pairs.items()}
     if command is train and given.get("resume"):
         given = _of_the_run(given, allowed) | given

@@ -19,7 +19,7 @@ from ssl_fast.progress import Console
 log = logging.getLogger("ssl_fast")
 
 # What may differ between a run and its continuation: where it runs, not what it computes.
-FREE = ("data_dir", "device", "num_workers")
+FREE = ("data_dir", "device", "num_workers", "memory")
 
 
 class Run:

@@ -16,6 +16,8 @@ from ssl_fast.accelerate import accelerate as accelerated
 from ssl_fast.arguments import check_arguments
 from ssl_fast.augment import Policy, TwoViews, policy_named
 from ssl_fast.backbones import SMALL_IMAGE, build_encoder
+from ssl_fast.cached import CachedStep
+from ssl_fast.cached import checkpoint_stages as checkpointed
 from ssl_fast.data import ImageData, Loader, epoch_batches, load_data
 from ssl_fast.evaluate import embedding_std, encode, folded, knn_on
 from ssl_fast.methods import METHODS, Method
@@ -46,6 +48,9 @@ def train(
     warmup_epochs: float | None = None,
     precision: str = "fp32",
     accelerate: bool = False,
+    micro_batch: int | str | None = None,
+    memory: str | None = None,
+    checkpoint_stages: bool = False,
     device: str = "auto",
     num_workers: int | None = None,
     seed: int = 0,
@@ -84,6 +89,13 @@ def train(
         precision: "fp32", or "bf16" for autocast (the loss is fp32 in any case).
         accelerate: put ssl_fast's fused norms into the encoder and the head, as `ssl_fast.accelerate` does; checkpoints
             have the same keys.
+        micro_batch: images of a view that the encoder holds activations of at once, while the loss sees the whole batch
+            (`ssl_fast.CachedStep`): a second forward pass for the memory of a small batch. "auto" finds the largest
+            that fits. With batch norm, statistics are those of a micro-batch. None is the plain step, both views at
+            once.
+        memory: the budget of "auto", such as "20GiB"; default what is free.
+        checkpoint_stages: keep the activations between the stages of the encoder alone, and compute the others again in
+            the backward.
         device: "auto", "cpu", "cuda" or "cuda:N".
         num_workers: processes that decode images from a folder; 0 decodes in this one; default one a core, at most 8.
         seed: of weights, data order and augmentation.
@@ -91,7 +103,8 @@ def train(
         log_every: steps between rows of metrics.jsonl.
         save_every: steps between checkpoints, beside the one at the end of each epoch.
         keep_every: epochs between checkpoints kept as epoch_NNNN.pt; 0 keeps only last.pt.
-        resume: continue the run in `out` from its last checkpoint; only data_dir, device and num_workers may differ.
+        resume: continue the run in `out` from its last checkpoint; only data_dir, device, num_workers and memory may
+            differ. A micro-batch that was found stays.
         overwrite: replace the run in `out`.
         method_args: further arguments of the method; for SimCLR head="nonlinear" | "linear" | "none", dim=128,
             temperature=0.5; for MoCo dim=128, K=65536, m=0.999, T=0.07 (0.2 in v2), mlp=False (True in v2), and
@@ -102,7 +115,8 @@ def train(
         A dict: `checkpoint`, `step`, `epoch`, and the last `loss`, `std` and `knn` recorded.
 
     Raises:
-        ValueError, FileNotFoundError, FileExistsError: before anything is written, for arguments that do not fit.
+        ValueError, FileNotFoundError, FileExistsError: before anything is written, for arguments that do not fit; in
+            the first step, for a memory that does not hold one row.
         FloatingPointError: when the loss is no longer finite; the last checkpoint is from before.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint of the current step is saved.
 
@@ -119,6 +133,8 @@ def train(
     encoder, features = build_encoder(model, images.size, images.channels, stem)
     if accelerate:
         encoder = accelerated(encoder).model
+    if checkpoint_stages:
+        checkpointed(encoder)
     network = recipe.build(encoder, features, **method_args).to(chosen)
     network.check_batch(batch_size)
     network.to(memory_format=torch.channels_last)
@@ -134,6 +150,17 @@ def train(
     total = epochs * steps_per_epoch
     warmup = round((min(10, epochs * recipe.warmup) if warmup_epochs is None else warmup_epochs) * steps_per_epoch)
     step = _restore(run.saved, network, optim, images) if run.saved else 0
+    cached = None
+    if micro_batch is not None:
+        if not hasattr(network, "cached"):
+            raise ValueError(
+                f"micro_batch: got {micro_batch!r} with method {method!r}, allowed: with simclr alone; MoCo's "
+                "negatives come from its queue, so lower batch_size and leave K"
+            )
+        states = 0 if run.saved else {"adamw": 2}.get(optimizer, 1)  # tensors that the optimizer will hold of each
+        reserve = states * sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
+        cached = CachedStep(micro_batch, memory, reserve=reserve)
+        cached.micro_batch = run.saved["micro_batch"] if run.saved else cached.micro_batch
 
     evaluated = encoder
 
@@ -149,6 +176,7 @@ def train(
         keep = keep_every and not rest and epoch % keep_every == 0
         facts = {"args": run.config, "named": isinstance(model, str), "step": step}
         facts |= {"images": len(images.train), "image_size": images.size, "channels": images.channels}
+        facts |= {"micro_batch": cached and cached.micro_batch}
         state = {"model": network.state_dict(), "optimizer": optim.state_dict(), "rng": rng_state()}
         run.save(facts | state, copy=f"epoch_{epoch:04d}.pt" if keep else None)
 
@@ -172,10 +200,11 @@ def train(
                 factor = factor_of(step, total, warmup)
                 for group, rate in zip(optim.param_groups, peak, strict=True):
                     group["lr"] = rate * factor
-                with torch.autocast(chosen.type, torch.bfloat16, enabled=precision == "bf16"):
-                    loss = network(view1, view2)
                 optim.zero_grad(set_to_none=True)
-                loss.backward()
+                with torch.autocast(chosen.type, torch.bfloat16, enabled=precision == "bf16"):
+                    loss = network.cached(view1, view2, cached) if cached else network(view1, view2)
+                if not cached:
+                    loss.backward()
                 optim.step()
                 step += 1
                 watch.count(len(batch))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
@@ -25,7 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ssl_fast  # noqa: E402
-from ssl_fast import CachedStep, CLIPLoss, InfoNCE, NTXentLoss, cached_step  # noqa: E402
+from ssl_fast import CachedStep, CLIPLoss, InfoNCE, NTXentLoss, cached_step, checkpoint_stages  # noqa: E402
+from ssl_fast.cli import main  # noqa: E402
+from ssl_fast.run import read_checkpoint, read_rows  # noqa: E402
+from ssl_fast.train import train  # noqa: E402
 
 N = 11  # micro-batches of unequal size
 
@@ -340,6 +346,148 @@ def test_sizes(wrong):
     if wrong != "20":
         with pytest.raises(ValueError, match="memory: got .*such as 20GiB"):
             parse(wrong)
+
+
+# ---- stages
+
+
+def test_checkpointed_stages_give_the_same_and_move_statistics_once():
+    def stages() -> nn.Module:
+        torch.manual_seed(6)
+        blocks = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.2))]
+        return nn.Sequential(*blocks, copy.deepcopy(blocks[0]), nn.Flatten())
+
+    ours, theirs, copied = stages(), stages(), stages()
+    assert checkpoint_stages(ours) == checkpoint_stages(copied) == ["0", "1"]
+    copied = copy.deepcopy(copied)  # as an EMA and the folding of an evaluation do
+    for model in (ours, theirs, copied):
+        torch.manual_seed(3)
+        whole(model, NTXentLoss(), views())
+    for model in (ours, copied):
+        assert torch.equal(gradients(model), gradients(theirs))
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), theirs.buffers(), strict=True))
+        assert torch.equal(model.eval()(views()[0]), theirs.eval()(views()[0]))
+    kept = [held(model.train(), views()[0]) for model in (stages(), ours)]
+    assert kept[1] < 0.5 * kept[0]
+    with pytest.raises(ValueError, match="model: got Linear, allowed: one with an nn.Sequential"):
+        checkpoint_stages(nn.Linear(2, 2))
+
+
+def held(model: nn.Module, x: Tensor) -> int:
+    """Numbers kept for the backward."""
+    count = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal count
+        count += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return count
+
+
+# ---- train
+
+QUICK = {
+    "data": "digits",
+    "batch_size": 360,
+    "epochs": 2,
+    "log_every": 1,
+    "optimizer": "sgd",
+    "lr": 0.3,
+    "knn_every": 0,
+}
+
+
+class Rows(nn.Module):
+    """An encoder that treats each row alone; `stop` interrupts the run in that call."""
+
+    def __init__(self, norm: type[nn.Module] = nn.LayerNorm, stop: int | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), norm(32), nn.ReLU(), nn.Dropout(0.0))
+        self.stop, self.rows = stop, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.rows.append(len(x))
+            if len(self.rows) == self.stop:
+                os.kill(os.getpid(), signal.SIGINT)
+        return self.layers(x)
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(out / "metrics.jsonl") if "loss" in row]
+
+
+def test_train_takes_the_same_steps_in_parts(tmp_path):
+    plain, parts = Rows(), Rows()
+    train(tmp_path / "plain", model=plain, head="linear", **QUICK)
+    train(tmp_path / "parts", model=parts, head="linear", micro_batch=100, **QUICK)
+    assert set(plain.rows) == {720} and set(parts.rows) == {90}
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    assert losses(tmp_path / "plain")[0] > losses(tmp_path / "plain")[-1]
+    train(tmp_path / "covered", model=Rows(nn.BatchNorm1d), micro_batch=360, accelerate=True, **QUICK)
+    train(tmp_path / "whole", model=Rows(nn.BatchNorm1d), accelerate=True, **QUICK)
+    assert losses(tmp_path / "covered") == losses(tmp_path / "whole")
+
+
+def test_train_resumes_with_the_micro_batch_it_found(tmp_path, monkeypatch):
+    found = iter([100, 50])
+    monkeypatch.setattr(CachedStep, "_find", lambda *_: next(found))
+    settings = {**QUICK, "micro_batch": "auto", "memory": "3GiB"}
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "broken", model=Rows(nn.BatchNorm1d, stop=4 * 16), **settings)
+    train(tmp_path / "broken", model=(model := Rows(nn.BatchNorm1d)), resume=True, **{**settings, "memory": "5GiB"})
+    assert set(model.rows) == {90}
+    found = iter([100])
+    train(tmp_path / "unbroken", model=Rows(nn.BatchNorm1d), **settings)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
+    states = [read_checkpoint(tmp_path / f"{name}/checkpoints/last.pt")["model"] for name in ("broken", "unbroken")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+
+
+def test_train_finds_a_micro_batch_and_checkpoints_stages(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "ssl_fast"):
+        settings = {**QUICK, "epochs": 1, "model": "convnet", "micro_batch": "auto", "accelerate": True}
+        train(tmp_path / "free", checkpoint_stages=True, **settings)
+        assert "micro_batch=auto: the whole batch of 360 rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            {"accumulate_grad_batches": 4},
+            "unknown argument 'accumulate_grad_batches', which a contrastive loss does not ",
+        ),
+        ({"micro_batch": 0}, "micro_batch: got 0"),
+        ({"micro_batch": "all"}, "micro_batch: got 'all'"),
+        ({"micro_batch": "auto", "memory": "3 apples"}, "memory: got '3 apples'"),
+        (
+            {"micro_batch": 4, "memory": "3GiB"},
+            "memory: got '3GiB' with micro_batch=4, allowed: with micro_batch='auto'",
+        ),
+        ({"memory": "3GiB"}, "memory: got '3GiB' with micro_batch=None"),
+        ({"micro_batch": 64, "method": "moco_v2"}, "micro_batch: got 64 with method 'moco_v2', allowed: with simclr"),
+    ],
+)
+def test_train_names_what_does_not_fit(tmp_path, given, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        train(tmp_path / "out", **{**QUICK, "model": "convnet", **given})
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line(capsys, tmp_path):
+    words = ["data=digits", "model=convnet", "batch_size=360", "epochs=1", "knn_every=0"]
+    assert main(["train", f"out={tmp_path / 'a'}", *words, "gradient_accumulation_steps=4"]) == 2
+    error = capsys.readouterr().err
+    assert "unknown key 'gradient_accumulation_steps', which" in error and "micro_batch=N or auto" in error
+    assert main(["train", f"out={tmp_path / 'a'}", *words, "micro_batch=128"]) == 0
+    assert yaml.safe_load((tmp_path / "a/args.yaml").read_text())["micro_batch"] == 128
+    assert main(["train", f"out={tmp_path / 'b'}", *words, "micro_batch=auto", "memory=1MiB"]) == 1
+    assert "are taken by the model" in capsys.readouterr().err
 
 
 # ---- two processes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ssl_fast.cached import CachedStep
 from ssl_fast.ops.nt_xent import NTXentLoss
 
 HEADS = ("nonlinear", "linear", "none")
@@ -52,6 +53,11 @@ class SimCLR(nn.Module):
         """The loss, a scalar, of two views (N, C, H, W) of the same N images."""
         z1, z2 = self.head(self.encoder(torch.cat([view1, view2]))).chunk(2)
         return self.loss(z1, z2)
+
+    def cached(self, view1: Tensor, view2: Tensor, step: CachedStep) -> Tensor:
+        """The loss, detached, and the gradients of forward(), a micro-batch of a view through f and g at a time."""
+        through = nn.Sequential(self.encoder, self.head)
+        return step(through, (view1, view2), self.loss, whole=lambda: self(view1, view2))
 
     def check_batch(self, images: int) -> None:
         """Any batch fits."""
