@@ -16,6 +16,7 @@ from ssl_fast.arguments import instead_of, method_arguments
 from ssl_fast.augment import Policy
 from ssl_fast.demo import demo
 from ssl_fast.evaluate import evaluate
+from ssl_fast.plan import Plan, plan
 from ssl_fast.run import read_args
 from ssl_fast.train import train
 
@@ -25,7 +26,13 @@ def show_info() -> None:
     info.main()
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"train": train, "evaluate": evaluate, "demo": demo, "info": show_info}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "plan": plan,
+    "demo": demo,
+    "info": show_info,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         return _fail(f"{name}: {error}", 1)
-    if isinstance(result, dict) and command is not demo:
+    if isinstance(result, Plan):
+        print(result)
+    elif isinstance(result, dict) and command is not demo:
         print("\n".join(f"{key:12} {value}" for key, value in result.items()))
     return 0
 

@@ -72,14 +72,14 @@ def _knn_of_pixels() -> float:
     return knn_accuracy(*bank, *test, k=knn_k(len(data.bank)))
 
 
-def _dense_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+def dense_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """NT-Xent as it is usually written: all similarities of 2N rows at once."""
     z = F.normalize(torch.cat([z1, z2]))
     logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
     return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z1)))
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"blockwise": nt_xent, "dense": _dense_nt_xent}
+LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"blockwise": nt_xent, "dense": dense_nt_xent}
 
 
 def _peak_in_fresh_process(loss: str) -> float | None:
