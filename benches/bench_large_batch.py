@@ -1,0 +1,251 @@
+"""How large a batch of SimCLR fits into a given memory, at what pace, and what micro-batches do to live batch norm.
+
+Four ways to take the same step, at batches from 256 to 16,384: plain PyTorch with the dense loss, our loss, our norms
+beside it, and the cached step. Each run is a process of its own under a limit on its memory (on its data segment on a
+CPU, on the allocator on a GPU), so that running out is a row of the table and not the end of it. On a CPU a ResNet of 8
+layers at 32 pixels within 2 GiB, on a GPU a ResNet-50 at 224 pixels in bf16 within 24 GiB.
+
+Then batch norm in training, whose statistics are those of a micro-batch: the cosine between the gradient of the cached
+step and that of the whole batch, at the beginning and in a trained network, and the kNN accuracy on digits of whole
+runs that differ in their micro-batch alone.
+
+`python -m benches.bench_large_batch` prints the tables and writes the rows of the first two to benches/results.csv;
+`--quick` takes small sizes and writes nothing; `--part` takes one of steps, cosines, knn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benches import common
+from ssl_fast import CachedStep, SimCLR, accelerate
+from ssl_fast.augment import POLICIES, TwoViews
+from ssl_fast.backbones import ConvNet
+from ssl_fast.data import load_data
+from ssl_fast.demo import dense_nt_xent
+from ssl_fast.memory import out_of_memory, parse_memory, peak_memory, resident_memory
+from ssl_fast.train import train
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PROVIDERS = ("plain PyTorch", "our loss", "our loss, accelerate", "cached step")
+BATCHES = (256, 512, 1024, 2048, 4096, 8192, 16384)
+MICRO = 256
+LIMIT, PIXELS = ("24GiB", 224) if DEVICE.type == "cuda" else ("2GiB", 32)
+COLUMNS = ("batch", "provider", "images/s", "peak MB", "ms")
+
+
+# ---- the steps
+
+
+class Dense(nn.Module):
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return dense_nt_xent(z1, z2, 0.5)
+
+
+def encoder(pixels: int) -> tuple[nn.Module, int]:
+    import torchvision
+
+    if pixels > 64:
+        network = torchvision.models.resnet50()
+        network.fc = nn.Identity()
+        return network, 2048
+    from torchvision.models.resnet import BasicBlock
+
+    def block(inner: int, outer: int, stride: int) -> nn.Module:
+        down = nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
+        return BasicBlock(inner, outer, stride, down if stride > 1 else None)
+
+    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    blocks = [block(16, 16, 1), block(16, 32, 2), block(32, 64, 2)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 64
+
+
+def run(provider: str, batch: int, pixels: int, limit: str) -> dict[str, Any]:
+    """Milliseconds a step and the peak in MB, in this process, which may not have more than the limit from here on."""
+    torch.manual_seed(0)
+    f, features = encoder(pixels)
+    network = SimCLR(f, features, loss=Dense() if provider == "plain PyTorch" else None)
+    network.to(DEVICE, memory_format=torch.channels_last)
+    cached = provider == "cached step"
+    if cached or "accelerate" in provider:
+        accelerate(network)
+    step = CachedStep(MICRO if cached else batch)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+
+    def train_on(views: list[Tensor]) -> None:
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            network.cached(*views, step)
+        optimizer.step()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    def images(count: int) -> list[Tensor]:
+        """On the host for the cached step, which fetches a micro-batch at a time."""
+        home = "cpu" if cached else DEVICE
+        return [torch.randn(count, 3, pixels, pixels, device=home).contiguous(memory_format=torch.channels_last)
+                for _ in range(2)]  # fmt: skip
+
+    train_on(images(8))
+    times: list[float] = []
+
+    def work() -> None:
+        views = images(batch)
+        while not times or (sum(times) < 4e3 and len(times) < 5):
+            start = time.perf_counter()
+            train_on(views)
+            times.append((time.perf_counter() - start) * 1e3)
+
+    restrict(parse_memory(limit))
+    try:
+        peak = peak_memory(work, DEVICE)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return {}
+    return {"ms": statistics.median(times), "extra_mb": peak / 1e6}
+
+
+def restrict(limit: int) -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info()[1]))
+        return
+    data = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmData:"))
+    room = int(data.split()[1]) * 1024 + limit - resident_memory("VmRSS")
+    resource.setrlimit(resource.RLIMIT_DATA, (room, room))
+
+
+def steps(batches: tuple[int, ...], limit: str) -> list[common.Row]:
+    name = "ResNet-50" if PIXELS > 64 else "ResNet-8"
+    rows: list[common.Row] = []
+    for batch in batches:
+        for provider in PROVIDERS:
+            try:
+                given = ["--worker", json.dumps([provider, batch, PIXELS, limit])]
+                found = common.in_fresh_process(__spec__.name, given)
+            except subprocess.CalledProcessError as error:
+                if error.returncode > 0:
+                    raise
+                found = {}  # ended by a signal: memory ran out where no exception could be thrown
+            row = {"op": "large_batch", "shape": f"{name} {PIXELS}px batch={batch} in {limit}", "provider": provider}
+            row |= {"dtype": "bfloat16 autocast" if DEVICE.type == "cuda" else "float32", "allocator": "default"}
+            row |= {"batch": batch, **found, "images/s": "out of memory", "peak MB": "", "to": PROVIDERS[0]}
+            if found:
+                row |= {"images/s": f"{batch / found['ms'] * 1e3:.1f}", "peak MB": f"{found['extra_mb']:.0f}"}
+            rows.append(row)
+            print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
+    plain = {row["batch"]: row.get("ms") for row in rows if row["provider"] == PROVIDERS[0]}
+    for row in rows:
+        if "ms" in row and plain[row["batch"]]:
+            row["ratio"] = row["ms"] / plain[row["batch"]]
+    print(f"\nThe largest batch within {limit}:")
+    for provider in PROVIDERS:
+        print(f"  {provider:22}{max((r['batch'] for r in rows if r['provider'] == provider and 'ms' in r), default=0)}")
+    return rows
+
+
+# ---- live batch norm
+
+
+def digits_network() -> SimCLR:
+    torch.manual_seed(0)
+    return SimCLR(ConvNet(1, 16), 64)
+
+
+def gradient(network: SimCLR, views: tuple[Tensor, Tensor], micro_batch: int) -> Tensor:
+    network = copy.deepcopy(network)
+    network.cached(*views, CachedStep(micro_batch))
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+
+def cosines(batch: int, sizes: tuple[int, ...], trained: int) -> list[common.Row]:
+    """Of the gradient against that of the whole batch, for a random network and one after some steps."""
+    data, draw = load_data("digits"), TwoViews(POLICIES["digits"], 8, 1)
+    network, rows = digits_network(), []
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.06 * batch / 256, momentum=0.9)
+    for after in (0, trained):
+        for step in range(after):
+            optimizer.zero_grad()
+            network(*draw(data.train.images[:batch], key=(1, step))).backward()
+            optimizer.step()
+        views = draw(data.train.images[:batch], key=(0,))
+        whole = gradient(network, views, batch)
+        other = gradient(network, draw(data.train.images[:batch], key=(2,)), batch)
+        row: common.Row = {"steps before": after, "other views": F.cosine_similarity(whole, other, dim=0).item()}
+        for size in sizes:
+            row[f"{size}"] = F.cosine_similarity(whole, gradient(network, views, size), dim=0).item()
+            rows.append(
+                {
+                    "op": "live_batch_norm",
+                    "shape": f"ConvNet 8px batch={batch}, gradient after {after} steps",
+                    "provider": f"cached step, micro_batch={size}",
+                    "dtype": "float32",
+                    "error": 1 - row[f"{size}"],
+                }
+            )
+        print(common.table([row], row).splitlines()[-1] if after else common.table([row], row), flush=True)
+    return rows
+
+
+def knn(batch: int, sizes: tuple[int | None, ...], epochs: int, seeds: int) -> None:
+    """kNN accuracy on digits at the end of runs of `train`, mean and extremes over seeds."""
+    for size in sizes:
+        found = []
+        for seed in range(seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                torch.manual_seed(seed)
+                found.append(
+                    train(folder, "digits", model=ConvNet(1, 16), batch_size=batch, epochs=epochs, seed=seed,
+                          micro_batch=size, knn_every=epochs, optimizer="sgd", lr=0.06 * batch / 256)["knn"]
+                )  # fmt: skip
+        name = "whole batch" if size is None else f"micro_batch {size}"
+        print(
+            f"  {name:18}{statistics.mean(found):8.2%}   ({min(found):.2%} to {max(found):.2%}, {seeds} seeds)",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, nothing written")
+    parser.add_argument("--part", choices=("steps", "cosines", "knn"), help="this one alone")
+    parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(run(*json.loads(args.worker))))
+        return
+    parts = (args.part,) if args.part else ("steps", "cosines", "knn")
+    conditions, rows = common.conditions(), []
+    print(f"{common.device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n", flush=True)
+    if "steps" in parts:
+        batches, limit = ((128, 1024), "1500MiB") if args.quick else (BATCHES, LIMIT)
+        print(f"A step of SimCLR within {limit}; the cached step in micro-batches of {MICRO}: {', '.join(COLUMNS)}")
+        rows += steps(batches, limit)
+    if "cosines" in parts:
+        print("\nCosine with the whole batch's gradient, by micro-batch, batch norm live; ConvNet on digits")
+        rows += cosines(128, (64, 16), 5) if args.quick else cosines(1024, (512, 256, 128, 64, 32, 16, 8), 100)
+    for row in rows:
+        row |= conditions
+    if rows and not args.quick:
+        common.save(rows)
+    if "knn" in parts:
+        batch, epochs, seeds = (700, 2, 1) if args.quick else (700, 50, 2)
+        print(f"\nkNN accuracy on digits after {epochs} epochs of batch {batch}, batch norm live", flush=True)
+        knn(batch, (None, 100) if args.quick else (None, 100, 32, 8), epochs, seeds)
+
+
+if __name__ == "__main__":
+    main()
