@@ -125,11 +125,11 @@ def cached_step(
 class CachedStep:
     """`cached_step` with a micro-batch that it finds itself, and halves where memory runs out.
 
-    At the first call two sizes of micro-batch are measured (peak RSS on a CPU, max_memory_allocated on a GPU), each at
-    most a tenth of the budget, and the line through them says how many rows fit; the step itself is not touched by it.
-    Should memory run out all the same, the micro-batch is halved, a warning says so, and the step begins again as if
-    nothing had been: gradients, buffers and generators are those of before. Between processes that is left to the
-    caller, as the others would not know.
+    At the first call micro-batches are measured (peak RSS on a CPU, max_memory_allocated on a GPU), each twice the one
+    before, until one takes a tenth of the budget or a GiB; the line through the last two says how many rows fit. The
+    step itself does not notice. Should memory run out all the same, the micro-batch is halved, a warning says so, and
+    the step begins again as if nothing had been: gradients, buffers and generators are those of before. In one of
+    several processes neither is done, as the others would not know: "auto" and a lack of memory are errors there.
 
     Args:
         micro_batch: "auto", or a number, which is taken as it is and never halved.
@@ -170,6 +170,11 @@ class CachedStep:
         docstring has it: SimCLR passes both views as one batch."""
         encoders, rows = _check(encoder, views, 1)
         if self.micro_batch is None:
+            if rank_and_world()[1] > 1:
+                raise ValueError(
+                    "micro_batch: got 'auto' in one of several processes, allowed: a number there, the same on each, "
+                    "such as the one that 'auto' finds on a single process"
+                )
             self.micro_batch = self._find(encoders, views, rows)
             held = "the whole batch" if self.micro_batch >= rows else f"micro_batch {self.micro_batch}"
             log.info("micro_batch=auto: %s of %d rows", held, rows)

@@ -509,6 +509,8 @@ def of_process(rank: int, folder: Path) -> None:
         torch.manual_seed(rank)
         cached_step(model, given, NTXentLoss(), 2)
     step = CachedStep()
+    with pytest.raises(ValueError, match="micro_batch: got 'auto' in one of several processes"):
+        step(model, given, NTXentLoss())
     step.micro_batch = 4
     error = ""
     try:
