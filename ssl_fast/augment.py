@@ -15,6 +15,9 @@ from ssl_fast._extras import nearest, require
 MEAN_STD = {1: ((0.449,), (0.226,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 
 
+BLOCK = 1024  # images augmented at once: the steps hold several copies of what they work on
+
+
 @dataclass(frozen=True)
 class Policy:
     """How a view is drawn; every parameter is drawn for each view of each image on its own.
@@ -78,6 +81,7 @@ class TwoViews(nn.Module):
     def __init__(self, policy: Policy, size: int, channels: int = 3) -> None:
         super().__init__()
         K = require("kornia.augmentation", "the augmentations")
+        self.shape = (channels, size, size)
         colour, s = channels == 3, policy.strength
         kernel = max(3, size // 20 * 2 + 1)
         steps = [
@@ -99,6 +103,13 @@ class TwoViews(nn.Module):
         The parameters depend on the key alone (seed, epoch, step), never on what was drawn before; they are drawn on
         the CPU, the same for every device. The global generators are left as they were.
         """
+        if len(images) > BLOCK:
+            shape, last = (len(images), *self.shape), torch.channels_last
+            views = [torch.empty(shape, device=images.device, memory_format=last) for _ in range(2)]
+            for i, block in enumerate(images.split(BLOCK)):
+                for view, drawn in zip(views, self(block, (*key, i)), strict=True):
+                    view.split(BLOCK)[i].copy_(drawn)
+            return views[0], views[1]
         x = images.repeat(2, 1, 1, 1).float().div_(255)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(key))

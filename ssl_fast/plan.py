@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_fast.accelerate import accelerate
 from ssl_fast.backbones import build_encoder
-from ssl_fast.cached import checkpoint_stages
+from ssl_fast.cached import MARGIN, checkpoint_stages
 from ssl_fast.demo import dense_nt_xent
 from ssl_fast.memory import format_memory, free_memory, parse_memory
 from ssl_fast.methods import SimCLR
@@ -172,7 +172,7 @@ def plan(
         add("+ checkpoint_stages", Parts(accelerate=True, bf16=True, checkpoint=True))
     whole = {(row.parts.bf16, row.parts.checkpoint): row for row in found.rows if row.parts.accelerate}
     for (bf16, checkpoint), row in whole.items():
-        parts = _largest(row.parts, step, batch, budget)
+        parts = _largest(row.parts, step, batch, int(MARGIN * budget))
         extra = "".join([", bf16"] * bf16 + [", stages"] * checkpoint)
         add(f"micro_batch={parts.micro_batch}{extra}", parts, row)
     return found

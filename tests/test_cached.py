@@ -28,7 +28,15 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ssl_fast  # noqa: E402
-from ssl_fast import CachedStep, CLIPLoss, InfoNCE, NTXentLoss, cached_step, checkpoint_stages  # noqa: E402
+from ssl_fast import (  # noqa: E402
+    CachedStep,
+    CLIPLoss,
+    InfoNCE,
+    NTXentLoss,
+    augment,
+    cached_step,
+    checkpoint_stages,
+)
 from ssl_fast.cli import main  # noqa: E402
 from ssl_fast.run import read_checkpoint, read_rows  # noqa: E402
 from ssl_fast.train import train  # noqa: E402

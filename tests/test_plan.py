@@ -91,7 +91,7 @@ def test_plan_chooses_the_cheapest_that_fits():
 
     tight = plan("convnet", 32, 512, "80MiB")
     best = tight.best
-    assert best.parts.micro_batch and 0.85 * tight.memory < best.peak <= tight.memory
+    assert best.parts.micro_batch and 0.8 * tight.memory < best.peak <= 0.95 * tight.memory
     assert f"micro_batch={best.parts.micro_batch}" in str(tight) and "batch norm takes its statistics from" in str(
         tight
     )
