@@ -95,9 +95,10 @@ def run(provider: str, batch: int, pixels: int, limit: str) -> dict[str, Any]:
 
     def images(count: int) -> list[Tensor]:
         """On the host for the cached step, which fetches a micro-batch at a time."""
-        home = "cpu" if cached else DEVICE
-        return [torch.randn(count, 3, pixels, pixels, device=home).contiguous(memory_format=torch.channels_last)
-                for _ in range(2)]  # fmt: skip
+        host = cached and DEVICE.type == "cuda"
+        made = (torch.randn(count, 3, pixels, pixels, device="cpu" if host else DEVICE) for _ in range(2))
+        views = [view.contiguous(memory_format=torch.channels_last) for view in made]
+        return [view.pin_memory() for view in views] if host else views
 
     train_on(images(8))
     times: list[float] = []

@@ -364,7 +364,9 @@ def _devices(encoders: Sequence[nn.Module]) -> set[torch.device]:
 
 
 def _release() -> None:
+    """What a try has left: tensors in cycles, weights that autocast keeps, memory that the GPU's allocator keeps."""
     gc.collect()
+    torch.clear_autocast_cache()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
