@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar, cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Strategy = Literal["gather", "ring"]
+Visit = Callable[..., list[Tensor]]
+Function = TypeVar("Function", bound=Callable[..., Any])
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -30,3 +40,214 @@ def shared_permutation(n: int, device: torch.device) -> Tensor:
     if rank_and_world()[1] > 1:
         dist.broadcast(order, 0)
     return order
+
+
+# ---- the batch of a loss
+
+
+def share(z: Tensor, group: Any, strategy: str) -> Ranks | None:
+    """How the rows z (N, D) of all the processes of a group lie; None where there is no group."""
+    return None if group is None else Ranks(z, group, strategy)
+
+
+def processes(gather_distributed: bool, group: Any, strategy: str) -> Any:
+    """The process group that shares a loss's batch; None where this process is alone with it."""
+    if strategy not in ("gather", "ring"):
+        raise ValueError(f"strategy: got {strategy!r}, allowed: 'gather', 'ring'")
+    if not isinstance(gather_distributed, bool):
+        raise TypeError(f"gather_distributed: got {gather_distributed!r}, allowed: True, False")
+    if not (gather_distributed or group is not None) or not (dist.is_available() and dist.is_initialized()):
+        return None
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: got a group that this process is not in, allowed: one of its own, or None for all")
+    if dist.get_world_size(group) == 1:
+        return None
+    return dist.group.WORLD if group is None else group
+
+
+def count_processes(group: Any) -> int:
+    """How many processes a group has; None is all."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def _answered(method: Function) -> Function:
+    """A method that says what a process's silence or end means to the others."""
+
+    @functools.wraps(method)
+    def run(self: Ranks, *args: Any) -> Any:
+        with self.answered():
+            return method(self, *args)
+
+    return cast(Function, run)
+
+
+class Ranks:
+    """A batch whose rows lie on the processes of a group: how many on each, and the ways that rows go.
+
+    Every process makes one from its own rows z (N, D) at the same point of the program; N may differ, and be 0.
+
+    Attributes:
+        rank, world: this process's number in the group, and how many there are.
+        counts: the rows of each.
+        total, first: all rows, and the number of this process's first among them.
+    """
+
+    def __init__(self, z: Tensor, group: Any, strategy: str) -> None:
+        self.group, self.strategy = group, strategy
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        facts = torch.tensor([[len(z), z.shape[1], _DTYPES.index(z.dtype)]], device=z.device)
+        everyone = facts.new_empty(self.world, 3)
+        with self.answered():
+            dist.all_gather(list(everyone.split(1)), facts, group)
+        (*counts,), (*widths,), (*dtypes,) = everyone.T.tolist()
+        if len(set(widths)) > 1:
+            raise ValueError(
+                f"D: got embeddings of {widths} columns on ranks 0 to {self.world - 1}, allowed: one width"
+            )
+        if len(set(dtypes)) > 1:
+            names = ", ".join(str(_DTYPES[d]) for d in dtypes)
+            raise TypeError(
+                f"dtype: got {names} on ranks 0 to {self.world - 1}, allowed: the same; cast the embeddings"
+            )
+        self.counts = counts
+        self.total, self.first = sum(counts), sum(counts[: self.rank])
+        if self.total == 0:
+            raise ValueError(
+                f"embeddings: got an empty batch on all {self.world} processes, allowed: a row on at least one; skip "
+                "the step on each"
+            )
+
+    @contextmanager
+    def answered(self) -> Iterator[None]:
+        """Say what it means where another process is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"gather_distributed: rank {self.rank} of {self.world} got no answer, allowed: every process of the "
+                "group in the same loss, and in its backward, within the group's time-out; another one has ended or "
+                f"failed: look for the first error among them ({error})"
+            ) from error
+
+    # ---- all at once
+
+    @_answered
+    def gather(self, x: Tensor) -> Tensor:
+        """(total, ...), the rows x (N, ...) of every rank in their order."""
+        longest = max(self.counts)
+        own = x.detach().new_zeros(longest, *x.shape[1:])
+        own[: len(x)] = x.detach()
+        parts = own.new_empty(self.world, *own.shape)
+        # As bytes: not every backend knows every dtype.
+        dist.all_gather([_as_bytes(part) for part in parts], _as_bytes(own), self.group)
+        return torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
+
+    @_answered
+    def scatter_sum(self, x: Tensor) -> Tensor:
+        """(N, ...), this rank's rows of the sum over ranks of x (total, ...)."""
+        longest = max(self.counts)
+        padded = x.new_zeros(self.world, longest, *x.shape[1:])
+        for part, rows in zip(padded, x.split(self.counts), strict=True):
+            part[: len(rows)] = rows
+        own = x.new_empty(longest, *x.shape[1:])
+        dist.reduce_scatter_tensor(own, padded.flatten(0, 1), group=self.group)
+        return own[: self.counts[self.rank]]
+
+    @_answered
+    def swap(self, x: Tensor) -> Tensor:
+        """(world, N, ...): what each rank's x (total, ...) says of this rank's rows."""
+        own = self.counts[self.rank]
+        parts = x.new_empty(self.world, own, *x.shape[1:])
+        dist.all_to_all_single(parts.flatten(0, 1), x.contiguous(), [own] * self.world, self.counts, self.group)
+        return parts
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of x, of one shape, over ranks. Its gradient is that of the sum over ranks of what follows."""
+        return _Sum.apply(x, self)
+
+    @_answered
+    def all_reduce(self, x: Tensor) -> Tensor:
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    # ---- by turns
+
+    def meet(
+        self, blocks: Sequence[Tensor | None], visit: Visit, merge: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> list[Tensor]:
+        """Let this rank's rows meet the rows of every rank, by the strategy.
+
+        visit(diagonal, *blocks) gets rows (K, ...) of blocks and returns what they are owed, tensors (K, ...); where
+        this rank's own are among them, the first is at `diagonal`, else it is None. `merge` adds two of what rows are
+        owed; None: sums.
+
+        Returns:
+            What this rank's rows are owed by all.
+        """
+        if self.strategy == "ring":
+            return self.ring(blocks, lambda ahead, *rows: visit(None if ahead else 0, *rows), merge, self.world)
+        owed = visit(self.first, *(None if x is None else self.gather(x) for x in blocks))
+        if merge is None:
+            return [self.scatter_sum(x) for x in owed]
+        return [functools.reduce(merge, self.swap(x)) for x in owed]
+
+    def ring(
+        self,
+        blocks: Sequence[Tensor | None],
+        visit: Visit,
+        merge: Callable[[Tensor, Tensor], Tensor] | None,
+        turns: int,
+    ) -> list[Tensor]:
+        """At turn k this rank has the blocks of rank + k: visit(k, *blocks). The next are on their way meanwhile.
+
+        What a block's rows are owed follows it one turn behind, and goes home from the last.
+        """
+        merge = merge or torch.add
+        arriving: Callable[[], list[Tensor]] = list
+        for k in range(turns):
+            last = k + 1 == turns
+            following = self._shift([] if last else blocks, k, 1)
+            owed = visit(k, *blocks)
+            if k:
+                owed = [merge(*pair) for pair in zip(arriving(), owed, strict=True)]
+            arriving = self._shift(owed, k, 1 - turns if last else 1)
+            blocks = following()
+        return arriving()
+
+    @_answered
+    def _shift(self, blocks: Sequence[Tensor | None], k: int, distance: int) -> Callable[[], list[Any]]:
+        """Start to send blocks (of rank + k) `distance` ranks back, and to receive those from as far ahead."""
+        to, source = ((self.rank + step) % self.world for step in (-distance, distance))
+        rows = self.counts[(source + k) % self.world]
+        sent = [None if x is None else x.contiguous() for x in blocks]
+        received = [None if x is None else x.new_empty(rows, *x.shape[1:]) for x in sent]
+        operations = []
+        for tensors, operation, peer in ((sent, dist.isend, to), (received, dist.irecv, source)):
+            peer = dist.get_global_rank(self.group, peer)
+            operations += [dist.P2POp(operation, x, peer, self.group) for x in tensors if x is not None and x.numel()]
+        works = dist.batch_isend_irecv(operations) if operations else []
+
+        def arrived() -> list[Any]:
+            with self.answered():
+                for work in works:
+                    work.wait()
+            sent.clear()  # kept until it has left
+            return received
+
+        return arrived
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.flatten().view(torch.uint8)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.all_reduce(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.ranks.all_reduce(grad), None

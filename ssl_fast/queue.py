@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_fast._distributed import gather
+from ssl_fast._distributed import processes, share
 
 
 class KeyQueue(nn.Module):
@@ -22,7 +22,8 @@ class KeyQueue(nn.Module):
         size: how many keys.
         dim: their width.
         normalize: keep the keys as rows of unit length, as MoCo's are; False: as they are given.
-        gather_distributed: enqueue the keys of all processes of torch.distributed, as many on each, in their order.
+        gather_distributed: enqueue the keys of all processes of torch.distributed, in their order.
+        group: of these processes alone.
 
     Attributes:
         keys: (size, dim), without gradient.
@@ -41,7 +42,15 @@ class KeyQueue(nn.Module):
     pointer: Tensor
     fill: Tensor
 
-    def __init__(self, size: int, dim: int, *, normalize: bool = True, gather_distributed: bool = False) -> None:
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        normalize: bool = True,
+        gather_distributed: bool = False,
+        group: Any = None,
+    ) -> None:
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -49,7 +58,8 @@ class KeyQueue(nn.Module):
         self.register_buffer("keys", F.normalize(torch.randn(size, dim)))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.register_buffer("fill", torch.zeros((), dtype=torch.int64))
-        self.normalize, self.gather_distributed = normalize, gather_distributed
+        self.normalize = normalize
+        self.gather_distributed, self.group = gather_distributed or group is not None, group
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
@@ -58,8 +68,8 @@ class KeyQueue(nn.Module):
         if not isinstance(keys, Tensor) or keys.dim() != 2 or keys.shape[1] != dim:
             got = f"shape {tuple(keys.shape)}" if isinstance(keys, Tensor) else type(keys).__name__
             raise ValueError(f"keys: got {got}, allowed: a tensor (N, {dim})")
-        if self.gather_distributed:
-            keys = gather(keys)
+        ranks = share(keys, processes(self.gather_distributed, self.group, "gather"), "gather")
+        keys = keys if ranks is None else ranks.gather(keys)
         last = keys[-size:]
         at = torch.arange(len(keys) - len(last), len(keys), device=self.keys.device)
         last = last.to(torch.promote_types(last.dtype, self.keys.dtype))

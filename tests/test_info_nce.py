@@ -665,7 +665,7 @@ Q = torch.ones(4, 3)
         (lambda: clip(Q, Q, torch.ones(2)), r"logit_scale: got shape \(2,\)"),
         (lambda: InfoNCE(negative_mode="pared"), "negative_mode: got 'pared', allowed: 'unpaired', 'paired'"),
         (lambda: clip(Q, Q, -1.0), "logit_scale: got -1.0, allowed: a float above 0"),
-        (lambda: CLIPLoss(world_size=2), "world_size: got 2, allowed: 1"),
+        (lambda: CLIPLoss(world_size=2)(Q, Q, 10.0), "world_size: got 2, allowed: 1"),
         (lambda: sup_con(Q), r"labels: got None with embeddings \(M, D\)"),
         (lambda: sup_con(Q, torch.ones(3).long()), r"labels: got torch.int64 \(3,\)"),
         (lambda: sup_con(Q[0], torch.ones(3).long()), r"embeddings: got shape \(3,\), allowed: \(N, D\)"),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_fast._distributed import Ranks
 from ssl_fast._op import HALF_AND_FLOAT, autocast_dtype
 
 Reduction = Literal["mean", "sum", "none"]
@@ -122,30 +123,44 @@ def _debiased(d: Tensor, pos: Tensor, temperature: Tensor, n: Tensor, tau_plus: 
     return torch.where(above, torch.maximum(corrected, least), least)
 
 
-def reduce(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
-    """The mean is the weighted one where there are weights."""
+def reduce(loss: Tensor, reduction: str, weight: Tensor | None = None, ranks: Ranks | None = None) -> Tensor:
+    """The mean is the weighted one where there are weights. Over ranks, the mean of what each of them returns is that
+    of all rows, and so is the mean of their sums."""
     if weight is not None:
         weight = weight.to(loss.dtype)
         loss = loss * weight
     if reduction == "none":
         return loss
+    if ranks is None:
+        if reduction == "sum":
+            return loss.sum()
+        return loss.mean() if weight is None else loss.sum() / weight.sum()
+    summed = loss.sum() * ranks.world
     if reduction == "sum":
-        return loss.sum()
-    return loss.mean() if weight is None else loss.sum() / weight.sum()
+        return summed
+    return summed / (ranks.total if weight is None else ranks.sum(weight.sum()))
+
+
+def total(x: Tensor, ranks: Ranks | None) -> Tensor:
+    """The sum of x over ranks."""
+    return x if ranks is None else ranks.sum(x)
 
 
 # ---- checks: the message names the argument, its value, what is allowed and what to do
 
 
-def check_embeddings(name1: str, z1: Tensor, name2: str, z2: Tensor, *, alike: bool = True) -> tuple[Tensor, Tensor]:
-    """Two (N, D) tensors of one dtype and device, cast as autocast would; `alike`: of one N too."""
+def check_embeddings(
+    name1: str, z1: Tensor, name2: str, z2: Tensor, *, alike: bool = True, empty: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Two (N, D) tensors of one dtype and device, cast as autocast would; `alike`: of one N too, which may be 0 where
+    `empty`."""
     for name, z in ((name1, z1), (name2, z2)):
         if not isinstance(z, Tensor):
             raise TypeError(f"{name}: got {type(z).__name__}, allowed: a torch.Tensor of shape (N, D)")
     shape = z1.shape
     if len(shape) != 2 or shape[1] == 0:
         raise ValueError(f"{name1}: got shape {tuple(shape)}, allowed: (N, D) with D >= 1; flatten other dimensions")
-    if shape[0] == 0:
+    if shape[0] == 0 and not empty:
         raise ValueError(f"{name1}: got an empty batch (N=0), allowed: N >= 1; skip the step or drop the last batch")
     if z2.shape != shape and (alike or z2.dim() != 2 or z2.shape[1] != shape[1] or z2.shape[0] == 0):
         allowed = f"the shape of {name1}, {tuple(shape)} (row i of each: one image)" if alike else f"(K, {shape[1]})"

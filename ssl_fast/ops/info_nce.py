@@ -19,7 +19,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ssl_fast._distributed import Ranks, Strategy, count_processes, processes, share
 from ssl_fast._op import HALF_AND_FLOAT, Op
 from ssl_fast.ops import _losses
 from ssl_fast.ops._losses import Reduction, accumulator, differentiable_once, positive, tangent, to_rows
@@ -387,9 +389,219 @@ class _SupCon(torch.autograd.Function):
         return dz, None, None, dt, None
 
 
-def log_sum_exp_of_others(z: Tensor, ids: Tensor, temperature: Tensor, *, normalize: bool = True) -> Tensor:
-    """(M,) log of the sum of exp(z_i . z_j / t) over the rows j whose ids differ from row i's; S is symmetric."""
-    return _SupCon.apply(z, None, ids, temperature, normalize)[0]
+# ---- autograd over the ranks of a process group
+
+
+def _merge_stats(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """The stats (4, N) of rows over two sets of columns."""
+    shift = torch.maximum(a[1], b[1])
+    finite = torch.where(shift == -torch.inf, 0, shift)
+    in_a, in_b = (torch.exp((stats[1] - finite) / t + stats[2]) for stats in (a, b))
+    total = in_a + in_b
+    mean = torch.where(total == 0, 0, (in_a * a[3] + in_b * b[3]) / total)
+    return torch.stack([finite / t + total.log(), shift, total.log(), mean])
+
+
+def _merge_columns(t: Tensor) -> Any:
+    """_merge_stats of stats (N, 4), as they travel with their rows."""
+    return lambda a, b: _merge_stats(a.T, b.T, t).T
+
+
+class _AcrossRanks(torch.autograd.Function):
+    """_LogSumExp, without s_ii, of this rank's x against the y of every rank, and of its y against every x. `paired`:
+    row i does not see column i of its own rank.
+
+    Neither strategy keeps the others' rows for the backward: they come a second time, and what is owed to them goes
+    back, reduce-scattered or along the ring.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        temperature: Tensor,
+        x_ids: Tensor | None,
+        y_ids: Tensor | None,
+        paired: bool,
+        normalize: bool,
+        columns: bool,
+        ranks: Ranks,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.backend = info_nce_fwd.backend_for(x)
+        ctx.paired, ctx.normalize, ctx.columns, ctx.ranks = paired, normalize, columns, ranks
+        t = positive(temperature)
+        of_rows = _empty_stats(len(x), t)
+
+        def visit(diagonal: int | None, y: Tensor, y_ids: Tensor | None) -> list[Tensor]:
+            nonlocal of_rows
+            of_y = _empty_stats(len(y), t)
+            if len(x) and len(y):
+                of_x, of_y = info_nce_fwd(
+                    x, y, temperature, x_ids, y_ids, diagonal if paired else None, normalize, columns,
+                    backend=ctx.backend,
+                )  # fmt: skip
+                of_rows = _merge_stats(of_rows, of_x, t)
+            return [of_y.T] if columns else []
+
+        owed = ranks.meet([y, y_ids], visit, _merge_columns(t))
+        of_columns = owed[0].T.contiguous() if columns else _empty_stats(0, t)
+        ctx.save_for_backward(x, y, temperature, x_ids, y_ids, of_rows, of_columns)
+        return of_rows[0].clone(), of_columns[0].clone()
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_lse: Tensor, grad_column_lse: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, temperature, x_ids, y_ids, of_rows, of_columns = ctx.saved_tensors
+        h, stats = (grad_column_lse, of_columns.T) if ctx.columns else (None, None)
+        dx = x.new_zeros(x.shape, dtype=accumulator(x))
+        dy = None
+
+        def visit(
+            diagonal: int | None, y: Tensor, y_ids: Tensor | None, h: Tensor | None, stats: Tensor | None
+        ) -> list[Tensor]:
+            dy = y.new_zeros(y.shape, dtype=dx.dtype)
+            if len(x) and len(y):
+                of_y = of_columns if stats is None else stats.T.contiguous()
+                parts = info_nce_bwd(
+                    grad_lse, h, x, y, temperature, of_rows, of_y, x_ids, y_ids, diagonal if ctx.paired else None,
+                    ctx.normalize, backend=ctx.backend,
+                )  # fmt: skip
+                dx.add_(parts[0])
+                dy = parts[1].to(dx.dtype)
+            return [dy] if ctx.needs_input_grad[1] else []
+
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            owed = ctx.ranks.meet([y, y_ids, h, stats], visit)
+            dy = owed[0].to(y.dtype) if owed else None
+        dt = -((grad_lse * of_rows[3]).sum() + (grad_column_lse * of_columns[3]).sum()) / temperature**2
+        return dx.to(x.dtype), dy, dt, None, None, None, None, None, None
+
+
+class _RingOfOthers(torch.autograd.Function):
+    """lse of this rank's z against the other rows of every rank whose ids differ. S is symmetric, so that half a turn
+    of the ring meets each pair of ranks once; of two that face each other each takes half of the first one's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, ids: Tensor | None, temperature: Tensor, normalize: bool, ranks: Ranks) -> Tensor:
+        ctx.backend = sup_con_fwd.backend_for(z)
+        ctx.normalize, ctx.ranks = normalize, ranks
+        t = positive(temperature)
+        of_rows = _empty_stats(len(z), t)
+
+        def visit(ahead: int, y: Tensor, y_ids: Tensor | None) -> list[Tensor]:
+            of_y = _empty_stats(len(y), t)
+            if not ahead:
+                if len(z):
+                    of_rows.copy_(sup_con_fwd(z, None, ids, temperature, normalize, backend=ctx.backend)[:4])
+                return [of_y.T]
+            rows, columns = _half(ranks, ahead)
+            if len(z[rows]) and len(y[columns]):
+                of_x, of_y[:, columns] = info_nce_fwd(
+                    z[rows], y[columns], temperature, *_of(ids, rows, y_ids, columns), None, normalize, True,
+                    backend=ctx.backend,
+                )  # fmt: skip
+                of_rows[:, rows] = _merge_stats(of_rows[:, rows], of_x, t)
+            return [of_y.T]
+
+        (owed,) = ranks.ring([z, ids], visit, _merge_columns(t), ranks.world // 2 + 1)
+        of_rows = _merge_stats(of_rows, owed.T, t)
+        ctx.save_for_backward(z, ids, temperature, of_rows)
+        return of_rows[0].clone()
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        z, ids, temperature, of_rows = ctx.saved_tensors
+        dz = z.new_zeros(z.shape, dtype=accumulator(z))
+
+        def visit(ahead: int, y: Tensor, y_ids: Tensor | None, g: Tensor, stats: Tensor) -> list[Tensor]:
+            dy = y.new_zeros(y.shape, dtype=dz.dtype)
+            if not ahead:
+                if len(z):
+                    padded = F.pad(of_rows, (0, 0, 0, 2))
+                    dz.add_(sup_con_bwd(g, None, z, None, ids, temperature, padded, ctx.normalize, backend=ctx.backend))
+                return [dy]
+            rows, columns = _half(ctx.ranks, ahead)
+            if len(z[rows]) and len(y[columns]):
+                of_x, of_y = of_rows[:, rows].contiguous(), stats[columns].T.contiguous()
+                dx, dy[columns] = info_nce_bwd(
+                    grad_lse[rows], g[columns], z[rows], y[columns], temperature, of_x, of_y,
+                    *_of(ids, rows, y_ids, columns), None, ctx.normalize, backend=ctx.backend,
+                )  # fmt: skip
+                dz[rows] += dx
+            return [dy]
+
+        if ctx.needs_input_grad[0]:
+            (owed,) = ctx.ranks.ring([z, ids, grad_lse, of_rows.T], visit, None, ctx.ranks.world // 2 + 1)
+            dz += owed
+        dt = -(grad_lse * of_rows[3]).sum() / temperature**2
+        return dz.to(z.dtype), None, dt, None, None
+
+
+def _half(ranks: Ranks, ahead: int) -> tuple[slice, slice]:
+    """Which of this rank's rows meet which of those of the rank so far ahead."""
+    rows, columns = slice(None), slice(None)
+    if 2 * ahead == ranks.world:  # the other one meets this one too
+        if ranks.rank < ahead:
+            rows = slice(ranks.counts[ranks.rank] // 2)
+        else:
+            columns = slice(ranks.counts[ranks.rank - ahead] // 2, None)
+    return rows, columns
+
+
+def _of(ids: Tensor | None, rows: slice, y_ids: Tensor | None, columns: slice) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if ids is None or y_ids is None else (ids[rows], y_ids[columns])
+
+
+class _SumsOfLabel(torch.autograd.Function):
+    """(N, D), for each of this rank's rows the sum of all ranks' rows of its label; their number, (N,). A symmetric
+    operator: its backward is itself."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        ctx.labels, ctx.ranks = labels, ranks
+        sums, count = torch.zeros_like(z), z.new_zeros(len(z))
+
+        def visit(_: Any, y: Tensor, y_labels: Tensor) -> list[Tensor]:
+            if len(z) and len(y):
+                sums.add_(_sums_of_label(labels, y, y_labels))
+                count.add_(matches(labels, y_labels))
+            return []
+
+        ranks.meet([z, labels], visit)
+        ctx.mark_non_differentiable(count)
+        return sums, count
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        return _SumsOfLabel.apply(grad, ctx.labels, ctx.ranks)[0], None, None
+
+
+def _sums_of_label(labels: Tensor, y: Tensor, y_labels: Tensor) -> Tensor:
+    """(N, D), for each label the sum of the rows of y (K, D) that have it, in K D and a fixed order."""
+    ordered, order = y_labels.sort(stable=True)
+    counts = matches(ordered, ordered)
+    firsts = torch.searchsorted(ordered, ordered) == torch.arange(len(y), device=y.device)
+    sums = torch.segment_reduce(y[order], "sum", lengths=counts * firsts)  # empty but where a label begins
+    at = torch.searchsorted(ordered, labels).clamp(max=len(y) - 1)
+    return torch.where((ordered[at] == labels)[:, None], sums[at], 0)
+
+
+# ---- the log-sum-exps that losses ask for
+
+
+def log_sum_exp_of_others(
+    z: Tensor, ids: Tensor | None, temperature: Tensor, *, normalize: bool = True, ranks: Ranks | None = None
+) -> Tensor:
+    """(M,) log of the sum of exp(z_i . z_j / t) over the rows j, on all ranks, whose ids differ from row i's; None:
+    over all but i. S is symmetric."""
+    if ranks is None:
+        return _SupCon.apply(z, None, ids, temperature, normalize)[0]
+    if ranks.strategy == "ring":
+        return _RingOfOthers.apply(z, ids, temperature, normalize, ranks)
+    return _AcrossRanks.apply(z, z, temperature, ids, ids, ids is None, normalize, False, ranks)[0]
 
 
 def log_sum_exp(
@@ -401,8 +613,12 @@ def log_sum_exp(
     y_ids: Tensor | None = None,
     diagonal: int | None = None,
     normalize: bool = True,
+    ranks: Ranks | None = None,
 ) -> Tensor:
-    """(N,) log of the sum over the columns of exp(x_i . y_j / t), in one pass where y needs no gradient."""
+    """(N,) log of the sum over the columns, of all ranks, of exp(x_i . y_j / t); in one pass where y needs no
+    gradient and there is one rank."""
+    if ranks is not None:
+        return _AcrossRanks.apply(x, y, temperature, x_ids, y_ids, diagonal == 0, normalize, False, ranks)[0]
     if not (torch.is_grad_enabled() and y.requires_grad):
         return _OnePass.apply(x, y, temperature, x_ids, y_ids, diagonal, normalize)
     return _LogSumExp.apply(x, y, temperature, x_ids, y_ids, diagonal, normalize, False, False)[0]
@@ -428,6 +644,9 @@ def info_nce(
     group_ids: Tensor | None = None,
     negative_group_ids: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    gather_distributed: bool = False,
+    group: Any = None,
+    strategy: Strategy = "gather",
 ) -> Any:
     """InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, equation 4; MoCo, arXiv 1911.05722, equation 1).
 
@@ -454,6 +673,8 @@ def info_nce(
         group_ids, negative_group_ids: (N,) and (K,) integers: a negative of the query's group is a known false one, and
             left out. In the batch group_ids alone decides; the positive always counts.
         sample_weight: (N,) weights of the rows; the mean becomes the weighted one.
+        gather_distributed, group, strategy: as in `nt_xent`; in_batch then means the positives of all processes.
+            negative_keys are the same on each, as a queue is that all keys enter; paired_negative_keys are its own.
 
     Returns:
         The loss in fp32 (fp64 for fp64), or (loss, lse).
@@ -464,7 +685,10 @@ def info_nce(
     Example:
         >>> loss = info_nce(q, k, queue.keys, temperature=0.07)
     """
-    query, positive_key = _losses.check_embeddings("query", query, "positive_key", positive_key)
+    group = processes(gather_distributed, group, strategy)
+    query, positive_key = _losses.check_embeddings(
+        "query", query, "positive_key", positive_key, empty=group is not None
+    )
     N, device = len(query), query.device
     t = _losses.check_temperature(temperature, query)
     _losses.check_options(reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, group_ids=group_ids)
@@ -480,25 +704,33 @@ def info_nce(
     if negative_group_ids is not None and negative_keys is None:
         raise ValueError("negative_group_ids: got ids without negative_keys, allowed: the ids of negative_keys")
 
+    ranks = share(query, group, strategy)
     pos = (to_rows(query, normalize) * to_rows(positive_key, normalize)).sum(1)
     lses: list[Tensor] = []
     negatives: int | Tensor = 0
     negative_sum = torch.zeros_like(pos) if label_smoothing else None
 
-    def total(keys: Tensor) -> Tensor:
+    def total(keys: Tensor, ranks: Ranks | None = None) -> Tensor:
         keys = to_rows(keys, False)
         length = torch.linalg.vector_norm(keys, dim=1).clamp(min=1e-12) if normalize else keys.new_ones(len(keys))
-        return to_rows(query, normalize) @ (length.reciprocal() @ keys)
+        return to_rows(query, normalize) @ _losses.total(length.reciprocal() @ keys, ranks)
 
     if in_batch:
         lses.append(
-            log_sum_exp(query, positive_key, t, x_ids=group_ids, y_ids=group_ids, diagonal=0, normalize=normalize)
+            log_sum_exp(
+                query, positive_key, t, x_ids=group_ids, y_ids=group_ids, diagonal=0, normalize=normalize, ranks=ranks
+            )
         )
-        negatives = negatives + (N - 1 if group_ids is None else N - matches(group_ids, group_ids))
+        alike: int | Tensor = 1
+        if group_ids is not None:
+            alike = matches(group_ids, group_ids if ranks is None else ranks.gather(group_ids))
+        negatives = negatives + ((N if ranks is None else ranks.total) - alike)
         if negative_sum is not None:
-            negative_sum = negative_sum + total(positive_key) - pos
+            negative_sum = negative_sum + total(positive_key, ranks) - pos
     if negative_keys is not None:
-        query, negative_keys = _losses.check_embeddings("query", query, "negative_keys", negative_keys, alike=False)
+        query, negative_keys = _losses.check_embeddings(
+            "query", query, "negative_keys", negative_keys, alike=False, empty=group is not None
+        )
         K = len(negative_keys)
         if (negative_group_ids is None) != (group_ids is None):
             raise ValueError(
@@ -508,7 +740,10 @@ def info_nce(
             )  # fmt: skip
         negative_group_ids = _losses.check_per_row("negative_group_ids", negative_group_ids, K, device, integer=True)
         ids = (group_ids, negative_group_ids)
-        lses.append(log_sum_exp(query, negative_keys, t, x_ids=ids[0], y_ids=ids[1], normalize=normalize))
+        if N:
+            lses.append(log_sum_exp(query, negative_keys, t, x_ids=ids[0], y_ids=ids[1], normalize=normalize))
+        else:  # on a process without rows
+            lses.append(query.sum(1) + negative_keys.sum() * t)
         same = 0 if group_ids is None or negative_group_ids is None else matches(group_ids, negative_group_ids)
         negatives = negatives + (K - same)
         if negative_sum is not None:
@@ -541,7 +776,7 @@ def info_nce(
         lse - scaled, pos, temperature=t, negatives=negatives, decoupled=decoupled, tau_plus=tau_plus,
         label_smoothing=label_smoothing, negative_sum=negative_sum,
     )  # fmt: skip
-    loss = _losses.reduce(loss, reduction, sample_weight)
+    loss = _losses.reduce(loss, reduction, sample_weight, ranks)
     return (loss, torch.logaddexp(lse, scaled)) if return_lse else loss
 
 
@@ -560,7 +795,7 @@ class InfoNCE(nn.Module):
         temperature: a float above 0, or a tensor of one element; an nn.Parameter is learned with the model.
         reduction: "mean", "sum" or "none".
         negative_mode: "unpaired", negative_keys (K, D) for all queries; or "paired", (N, M, D), for each its own.
-        options: keyword arguments of `ssl_fast.functional.info_nce`, such as in_batch, decoupled or label_smoothing.
+        options: keyword arguments of `ssl_fast.functional.info_nce`, such as in_batch, gather_distributed or decoupled.
 
     Shape:
         query, positive_key: (N, D). Without negative_keys the other positives of the batch are the negatives.
@@ -618,6 +853,9 @@ def clip(
     label_smoothing: float = 0.0,
     group_ids: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    gather_distributed: bool = False,
+    group: Any = None,
+    strategy: Strategy = "gather",
 ) -> Tensor:
     """The loss of CLIP (Radford et al. 2021, arXiv 2103.00020, figure 3), both directions from each tile.
 
@@ -632,6 +870,7 @@ def clip(
         normalize: divide every row by its L2 norm first. False, as in open_clip, whose models normalise.
         reduction: "mean" and "sum" give a scalar, "none" the mean of both directions of each pair, (N,).
         label_smoothing, group_ids, sample_weight: as in `info_nce`; pairs of a group are no negatives of each other.
+        gather_distributed, group, strategy: as in `nt_xent`.
 
     Returns:
         The loss in fp32 (fp64 for fp64).
@@ -642,25 +881,34 @@ def clip(
     Example:
         >>> loss = clip(image_features, text_features, model.logit_scale.exp())
     """
-    image, text = _losses.check_embeddings("image_features", image_features, "text_features", text_features)
+    group = processes(gather_distributed, group, strategy)
+    image, text = _losses.check_embeddings(
+        "image_features", image_features, "text_features", text_features, empty=group is not None
+    )
     N = len(image)
     _losses.check_options(reduction, label_smoothing=label_smoothing, group_ids=group_ids)
     group_ids = _losses.check_per_row("group_ids", group_ids, N, image.device, integer=True)
     _losses.check_per_row("sample_weight", sample_weight, N, image.device, integer=False)
     t = _losses.check_temperature(_inverse(logit_scale, image), image)
 
-    *lses, pos = _LogSumExp.apply(image, text, t, group_ids, group_ids, 0, normalize, True, True)
+    ranks = share(image, group, strategy)
+    if ranks is None:
+        *lses, pos = _LogSumExp.apply(image, text, t, group_ids, group_ids, 0, normalize, True, True)
+    else:
+        lses = _AcrossRanks.apply(image, text, t, group_ids, group_ids, True, normalize, True, ranks)
+        pos = (to_rows(image, normalize) * to_rows(text, normalize)).sum(1)
     losses = []
     for lse, queries, keys in zip(lses, (image, text), (text, image), strict=True):
         negative_sum = None
         if label_smoothing:
-            negative_sum = (to_rows(queries, normalize) * to_rows(keys, normalize).sum(0)).sum(1) - pos
+            everyone = _losses.total(to_rows(keys, normalize).sum(0), ranks)
+            negative_sum = (to_rows(queries, normalize) * everyone).sum(1) - pos
         losses.append(
             _losses.row_loss(
                 lse - pos / positive(t),
                 pos,
                 temperature=t,
-                negatives=N - 1,
+                negatives=(N if ranks is None else ranks.total) - 1,
                 label_smoothing=label_smoothing,
                 negative_sum=negative_sum,
             )  # fmt: skip
@@ -668,7 +916,7 @@ def clip(
     loss = (losses[0] + losses[1]) / 2
     if logit_bias is not None:
         loss = loss + 0 * torch.as_tensor(logit_bias, dtype=loss.dtype, device=loss.device).reshape(())
-    return _losses.reduce(loss, reduction, sample_weight)
+    return _losses.reduce(loss, reduction, sample_weight, ranks)
 
 
 def _inverse(logit_scale: float | Tensor, z: Tensor) -> float | Tensor:
@@ -688,7 +936,8 @@ class CLIPLoss(nn.Module):
 
     Args:
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: in open_clip's places. The first
-            three change how open_clip computes; here the result is exact whatever they say. world_size: 1.
+            three change how open_clip computes; here the result is exact whatever they say. world_size: above 1 as
+            gather_distributed=True over so many processes. use_horovod: False.
         options: keyword arguments of `ssl_fast.functional.clip`.
 
     Shape:
@@ -709,11 +958,11 @@ class CLIPLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if world_size != 1 or use_horovod:
-            raise ValueError(
-                f"world_size: got {world_size}{' with use_horovod' if use_horovod else ''}, allowed: 1 (the negatives "
-                "are those of this process)"
-            )
+        if use_horovod:
+            raise ValueError("use_horovod: got True, allowed: False; processes are those of torch.distributed")
+        if world_size > 1:
+            options = {"gather_distributed": True, **options}
+        self.world_size = world_size
         self.options = options
 
     def forward(
@@ -725,7 +974,13 @@ class CLIPLoss(nn.Module):
         output_dict: bool = False,
         **per_call: Any,
     ) -> Any:
-        loss = clip(image_features, text_features, logit_scale, logit_bias, **self.options, **per_call)
+        options = {**self.options, **per_call}
+        if self.world_size > 1 and self.world_size != (there := count_processes(options.get("group"))):
+            raise ValueError(
+                f"world_size: got {self.world_size}, allowed: {there}, the processes of the group; call "
+                "torch.distributed.init_process_group first"
+            )
+        loss = clip(image_features, text_features, logit_scale, logit_bias, **options)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -740,6 +995,9 @@ def sup_con(
     normalize: bool = True,
     reduction: Reduction = "mean",
     sample_weight: Tensor | None = None,
+    gather_distributed: bool = False,
+    group: Any = None,
+    strategy: Strategy = "gather",
 ) -> Tensor:
     """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, equation 2), in O(M D) memory.
 
@@ -757,6 +1015,7 @@ def sup_con(
         reduction: "mean" over the rows that have a positive, and "sum", give a scalar; "none" (M,) or (N, V), with 0
             where a row has no positive.
         sample_weight: (M,) or (N,) weights of the rows or images; the mean becomes the weighted one.
+        gather_distributed, group, strategy: as in `nt_xent`. labels mean the same on every process.
 
     Returns:
         The loss in fp32 (fp64 for fp64). Without any positive it is 0.
@@ -767,7 +1026,8 @@ def sup_con(
     Example:
         >>> loss = sup_con(model(images), labels, temperature=0.1)
     """
-    views = 1
+    group = processes(gather_distributed, group, strategy)
+    views, of_images = 1, labels is None
     if isinstance(embeddings, Tensor) and embeddings.dim() == 3:
         N, views = embeddings.shape[:2]
         if labels is None:
@@ -777,7 +1037,7 @@ def sup_con(
         if views > 1 or (isinstance(embeddings, Tensor) and embeddings.dim() == 3)
         else embeddings
     )
-    z, _ = _losses.check_embeddings("embeddings", z, "embeddings", z)
+    z, _ = _losses.check_embeddings("embeddings", z, "embeddings", z, empty=group is not None)
     images = len(z) // views
     t = _losses.check_temperature(temperature, z)
     _losses.check_options(reduction)
@@ -789,16 +1049,27 @@ def sup_con(
         labels = labels.repeat_interleave(views)
         sample_weight = None if sample_weight is None else sample_weight.repeat_interleave(views)
 
-    lse, positives, count = _SupCon.apply(z, labels, None, t, normalize)
+    ranks = share(z, group, strategy)
+    if ranks is None:
+        lse, positives, count = _SupCon.apply(z, labels, None, t, normalize)
+    else:
+        if of_images:
+            labels = labels + ranks.first // views
+        # In the dtype of sums: the positives' share of the gradient nearly cancels that of their softmax.
+        z = to_rows(z, normalize)
+        lse = log_sum_exp_of_others(z, None, t, normalize=False, ranks=ranks)
+        sums, count = _SumsOfLabel.apply(z, labels, ranks)
+        positives, count = (z * (sums - z)).sum(1), count - 1
     has = count > 0
     loss = torch.where(has, lse - positives / (count.clamp(min=1) * positive(t)), 0)
     if reduction == "none":
         loss = _losses.reduce(loss, "none", sample_weight)
         return loss.unflatten(0, (images, views)) if embeddings.dim() == 3 else loss
     if reduction == "sum":
-        return _losses.reduce(loss, "sum", sample_weight)
+        return _losses.reduce(loss, "sum", sample_weight, ranks)
     weight = has.to(loss.dtype) if sample_weight is None else has * sample_weight.to(loss.dtype)
-    return (loss * weight).sum() / torch.where(weight.sum() == 0, 1, weight.sum())
+    total = _losses.total(weight.sum(), ranks)
+    return _losses.reduce(loss, "sum", weight, ranks) / torch.where(total == 0, 1, total)
 
 
 class SupConLoss(nn.Module):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssl_fast._distributed import Strategy, processes, share
 from ssl_fast._op import HALF_AND_FLOAT, Op
 from ssl_fast.ops import _losses
 from ssl_fast.ops._losses import REDUCTIONS, Reduction, accumulator, differentiable_once, positive, tangent, to_rows
@@ -177,6 +178,9 @@ def nt_xent(
     tau_plus: float = 0.0,
     group_ids: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    gather_distributed: bool = False,
+    group: Any = None,
+    strategy: Strategy = "gather",
 ) -> Any:
     """NT-Xent of SimCLR (Chen et al. 2020, arXiv 2002.05709, equation 1 and Algorithm 1), in O(N D) memory.
 
@@ -197,35 +201,49 @@ def nt_xent(
             (DCL, arXiv 2110.06848); the probability of false negatives to correct for (arXiv 2007.00224).
         group_ids: (N,) integers: other images of an image's group are known false negatives, and left out.
         sample_weight: (N,) weights of the images; the mean becomes the weighted one.
+        gather_distributed: let the images of all processes of torch.distributed be negatives. Each process brings its
+            own N, 0 too. It returns world / N_global times the sum over its own rows ("sum": world times it; "none":
+            its rows), and the backward is that of the sum over processes: the mean over processes, as
+            DistributedDataParallel takes it, is the loss and the gradient of one process with the whole batch.
+        group: the process group; None for all. Given, gather_distributed is implied.
+        strategy: "gather" brings the rows of all processes to each, forward and backward, and reduce-scatters the
+            gradient. "ring" passes blocks of rows around instead, the next on its way while one is multiplied: memory
+            is that of a few blocks whatever the number of processes, and each pair of them meets once.
 
     Returns:
         The loss, or (loss, lse). Gradients are those of what is returned; they are not differentiable again.
 
     Raises:
         ValueError, TypeError: naming the argument, for shapes or dtypes that do not fit.
+        RuntimeError: where another process of the group ends or stays silent for longer than the group's time-out.
 
     Example:
         >>> loss = nt_xent(model(view1), model(view2), temperature=0.1)
     """
-    z1, z2 = _losses.check_embeddings("z1", z1, "z2", z2)
+    group = processes(gather_distributed, group, strategy)
+    z1, z2 = _losses.check_embeddings("z1", z1, "z2", z2, empty=group is not None)
     t = _losses.check_temperature(temperature, z1)
-    if label_smoothing or decoupled or tau_plus or group_ids is not None or sample_weight is not None:
+    options = label_smoothing or decoupled or tau_plus or group_ids is not None or sample_weight is not None
+    if options or group is not None:
         N, device = len(z1), z1.device
         _losses.check_options(reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, group_ids=group_ids)
         group_ids = _losses.check_per_row("group_ids", group_ids, N, device, integer=True)
         _losses.check_per_row("sample_weight", sample_weight, N, device, integer=False)
         z = torch.cat([z1, z2])
-        ids = (torch.arange(N, device=device) if group_ids is None else group_ids).repeat(2)
-        lse_neg = log_sum_exp_of_others(z, ids, t, normalize=normalize)
+        ranks = share(z, group, strategy)
+        first, rows = (0, 2 * N) if ranks is None else (ranks.first // 2, ranks.total)
+        ids = (torch.arange(first, first + N, device=device) if group_ids is None else group_ids).repeat(2)
+        lse_neg = log_sum_exp_of_others(z, ids, t, normalize=normalize, ranks=ranks)
+        everyone = ids if ranks is None or group_ids is None else ranks.gather(ids)
         z = to_rows(z, normalize)
         pos = _similarity_of_pairs(z)
         loss = _losses.row_loss(
             lse_neg - pos / positive(t), pos, temperature=t, decoupled=decoupled, tau_plus=tau_plus,
-            negatives=2 * N - 2 if group_ids is None else 2 * N - matches(ids, ids),
+            negatives=rows - 2 if group_ids is None else rows - matches(ids, everyone),
             label_smoothing=label_smoothing,
-            negative_sum=(z * (z.sum(0) - z)).sum(1) - pos if label_smoothing else None,
+            negative_sum=(z * (_losses.total(z.sum(0), ranks) - z)).sum(1) - pos if label_smoothing else None,
         )  # fmt: skip
-        loss = _losses.reduce(loss, reduction, None if sample_weight is None else sample_weight.repeat(2))
+        loss = _losses.reduce(loss, reduction, None if sample_weight is None else sample_weight.repeat(2), ranks)
         return (loss, torch.logaddexp(lse_neg, pos / positive(t))) if return_lse else loss
     _losses.check_options(reduction)
     loss, lse = _NTXent.apply(z1, z2, t, normalize, REDUCTIONS[reduction])
@@ -242,7 +260,8 @@ class NTXentLoss(nn.Module):
         memory_bank_size: 0, or (K, D): the negatives of out0 are then the last K rows given as out1, instead of the
             batch, as in MoCo. They lie in `memory_bank`, a KeyQueue, and in the state dict; after a loss whose out0 has
             a gradient, out1 is enqueued.
-        gather_distributed: in lightly's place; only False is supported.
+        gather_distributed: let the images of all processes be negatives, as in `ssl_fast.functional.nt_xent`, which
+            has `group` and `strategy` beside it; a memory bank is filled by all of them.
         reduction, normalize: as in `ssl_fast.functional.nt_xent`.
         options: further keyword arguments of `nt_xent`, or of `info_nce` where there is a memory bank.
 
@@ -267,20 +286,19 @@ class NTXentLoss(nn.Module):
         super().__init__()
         self.memory_bank = None
         if isinstance(memory_bank_size, Sequence) and len(memory_bank_size) == 2:
-            self.memory_bank = KeyQueue(*memory_bank_size, normalize=normalize)
+            gathered = {"gather_distributed": gather_distributed, "group": options.get("group")}
+            self.memory_bank = KeyQueue(*memory_bank_size, normalize=normalize, **gathered)
         elif memory_bank_size != 0:
             raise ValueError(
                 f"memory_bank_size: got {memory_bank_size!r}, allowed: 0 (the other images are the negatives), or "
                 "(K, D)"
             )
-        if gather_distributed:
-            raise ValueError("gather_distributed: got True, allowed: False (the negatives are those of this process)")
         _losses.check_temperature_alone(temperature)
         _losses.check_options(reduction)
         self.temperature = temperature
         self.reduction = reduction
         self.normalize = normalize
-        self.options = options
+        self.options = {"gather_distributed": gather_distributed, **options}
 
     def forward(self, out0: Tensor, out1: Tensor, **per_call: Any) -> Tensor:
         options = {"normalize": self.normalize, "reduction": self.reduction, **self.options, **per_call}
