@@ -1,5 +1,6 @@
 """The functions of the ops' home pages."""
 
+from ssl_fast.ops.barlow_twins import barlow_twins
 from ssl_fast.ops.batch_norm import batch_norm
 from ssl_fast.ops.conv_bn import fuse_conv_bn_weights, fuse_linear_bn_weights
 from ssl_fast.ops.info_nce import clip, info_nce, sup_con
@@ -8,6 +9,7 @@ from ssl_fast.ops.layer_norm import layer_norm
 from ssl_fast.ops.nt_xent import nt_xent
 
 __all__ = [
+    "barlow_twins",
     "batch_norm",
     "clip",
     "fuse_conv_bn_weights",

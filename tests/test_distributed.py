@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ssl_fast  # noqa: E402
-from ssl_fast import CLIPLoss, InfoNCE, NTXentLoss, SupConLoss  # noqa: E402
+from ssl_fast import BarlowTwinsLoss, CLIPLoss, InfoNCE, NTXentLoss, SupConLoss  # noqa: E402
 from ssl_fast.functional import clip, info_nce, nt_xent, sup_con  # noqa: E402
 
 D, K = 6, 9
@@ -179,6 +179,25 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
         lambda a, b, t, batch: dense_nt_xent(a, b, t),
     ),
 }
+
+
+def dense_barlow_twins(a: Tensor, b: Tensor) -> Tensor:
+    a, b = (F.batch_norm(z, None, None, training=True) for z in (a, b))
+    C = a.T @ b / len(a)
+    on = C.diagonal()
+    return (1 - on).square().sum() + 0.1 * (C - on.diag()).square().sum()
+
+
+for what, width in (("columns", 5), ("rows", 5 * 8)):
+    LOSSES[f"Barlow Twins by {what}"] = (
+        lambda a, b, t, batch, width=width, **over: BarlowTwinsLoss(0.1, **over)(*widened(a, b, t, width)),
+        lambda a, b, t, batch, width=width: dense_barlow_twins(*widened(a, b, t, width)),
+    )
+
+
+def widened(a: Tensor, b: Tensor, t: Tensor, width: int) -> list[Tensor]:
+    """Columns that are not linear in each other, so that wide ones have something to correlate."""
+    return [torch.cat([torch.sin((k + 1) * z + k * t) for k in range(width // 5)], 1) for z in (a, b)]
 
 
 class Model(nn.Module):

@@ -1,0 +1,304 @@
+"""The loss of Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230, equations 1 and 2), without its D x D matrix.
+
+a, b (N, D) are the embeddings of the two views, each column standardised over the batch; C = a^T b / N:
+
+    loss = sum over d of (1 - C_dd)^2 + lambda (sum over d != e of C_de^2)
+
+The diagonal costs N D. What is left is the sum of the squares of C, in one of two ways, of min(N, D) N D:
+
+    by columns   C tile by tile, its diagonal left out                                    of 2 N D^2 flop
+    by rows      |C|^2 = sum over i, j of (a_i . a_j) (b_i . b_j) / N^2, tile by tile      of 2 N^2 D flop
+
+By rows the diagonal's squares are taken from the sum. C has rank N - 1 at most, so for 2 N <= D they are half of it at
+most, and nothing cancels. Gradients are products with the same tiles, taken again: the loss is quadratic in C.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_fast._distributed import Ranks, Strategy, processes, share
+from ssl_fast._op import Op
+from ssl_fast.ops import _losses
+from ssl_fast.ops._losses import accumulator, differentiable_once
+from ssl_fast.ops.batch_norm import batch_norm
+from ssl_fast.sync_batch_norm import sync_batch_norm
+
+# ---- reference: products by the BLAS at hand, and next to nothing between them
+
+
+def _pieces(count: int, width: int) -> Iterator[slice]:
+    """Parts of `count` rows of a matrix so wide: tiles of at most 2^22 numbers, but no sliver of a product."""
+    size = min(1024, max(128, (1 << 22) // width))
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _operand(x: Tensor) -> Tensor:
+    """A CPU's 16-bit products would round C."""
+    return x if x.is_cuda else x.to(accumulator(x))
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x y in the dtype of sums."""
+    return x @ y if x.dtype == accumulator(x) else torch.mm(x, y, out_dtype=accumulator(x))
+
+
+def _add_product(out: Tensor, x: Tensor, y: Tensor) -> None:
+    """out += x y, where x is in the dtype of sums, as out is."""
+    if y.dtype == out.dtype:
+        out.addmm_(x, y)
+    else:
+        out += _product(x.to(y.dtype), y)
+
+
+def _rows_reference(a: Tensor, b: Tensor, x: Tensor | None, y: Tensor | None, scale: float) -> Tensor:
+    a, b = _operand(a), _operand(b)
+    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    symmetric = x is None or y is None
+    x, y = (a, b) if x is None or y is None else (_operand(x), _operand(y))
+    for rows in _pieces(len(a), len(x)):
+        others = slice(rows.start if symmetric else 0, None)
+        products = _product(a[rows], x[others].T).mul_(_product(b[rows], y[others].T))
+        total += products.sum()
+        if symmetric:  # what lies above the diagonal stands for what lies below
+            total += products[:, rows.stop - rows.start :].sum()
+    return (total * scale**2).to(accumulator(a))
+
+
+def _rows_bwd_reference(
+    a: Tensor, b: Tensor, x: Tensor | None, y: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    a, b = _operand(a), _operand(b)
+    da, db = (z.new_zeros(z.shape, dtype=accumulator(z)) for z in (a, b))
+    symmetric = x is None or y is None
+    x, y = (a, b) if x is None or y is None else (_operand(x), _operand(y))
+    for rows in _pieces(len(a), len(x)):
+        others, later = slice(rows.start if symmetric else 0, None), slice(rows.stop, None)
+        for left, right, dz, z, own in ((b, y, da, x, a), (a, x, db, y, b)):
+            weight = _product(left[rows], right[others].T).mul_(scale)  # in fp16's range before it is rounded
+            _add_product(dz[rows], weight, z[others])
+            if symmetric:
+                _add_product(dz[later], weight[:, rows.stop - rows.start :].T, own[rows])
+    return da.mul_(2 * scale), db.mul_(2 * scale)
+
+
+def _tiles(x: Tensor, y: Tensor, diagonal: int, scale: float) -> Iterator[tuple[slice, Tensor]]:
+    """Columns of x, and their rows of scale x^T y without its diagonal."""
+    for columns in _pieces(x.shape[1], y.shape[1]):
+        C = _product(x[:, columns].T, y).mul_(scale)
+        C.diagonal(columns.start + diagonal).zero_()
+        yield columns, C
+
+
+def _columns_reference(x: Tensor, y: Tensor, diagonal: int, scale: float) -> Tensor:
+    x, y = _operand(x), _operand(y)
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for _, C in _tiles(x, y, diagonal, scale):
+        total += C.mul_(C).sum()
+    return total.to(accumulator(x))
+
+
+def _columns_bwd_reference(x: Tensor, y: Tensor, diagonal: int, scale: float) -> tuple[Tensor, Tensor]:
+    x, y = _operand(x), _operand(y)
+    dx, dy = (z.new_zeros(z.shape, dtype=accumulator(z)) for z in (x, y))
+    for columns, C in _tiles(x, y, diagonal, scale):
+        _add_product(dx[:, columns].T, C, y.T)
+        _add_product(dy.T, C.T, x[:, columns].T)
+    return dx.mul_(2 * scale), dy.mul_(2 * scale)
+
+
+# ---- operators: one backend each, as they are products alone
+
+barlow_twins_rows = Op(
+    "barlow_twins_rows(Tensor a, Tensor b, Tensor? x, Tensor? y, float scale) -> Tensor",
+    _rows_reference,
+    fake=lambda a, *_: a.new_empty((), dtype=accumulator(a)),
+    decides="a",
+)
+barlow_twins_rows_bwd = Op(
+    "barlow_twins_rows_bwd(Tensor a, Tensor b, Tensor? x, Tensor? y, float scale) -> (Tensor, Tensor)",
+    _rows_bwd_reference,
+    fake=lambda a, b, *_: tuple(z.new_empty(z.shape, dtype=accumulator(z)) for z in (a, b)),
+    decides="a",
+)
+barlow_twins_columns = Op(
+    "barlow_twins_columns(Tensor x, Tensor y, int diagonal, float scale) -> Tensor",
+    _columns_reference,
+    fake=lambda x, *_: x.new_empty((), dtype=accumulator(x)),
+    decides="x",
+)
+barlow_twins_columns_bwd = Op(
+    "barlow_twins_columns_bwd(Tensor x, Tensor y, int diagonal, float scale) -> (Tensor, Tensor)",
+    _columns_bwd_reference,
+    fake=lambda x, y, *_: tuple(z.new_empty(z.shape, dtype=accumulator(z)) for z in (x, y)),
+    decides="x",
+)
+
+
+class _BarlowTwins(torch.autograd.Function):
+    """The loss of standardised a, b (N, D), with `ranks` of the rows of all processes.
+
+    By rows a process multiplies its own rows with everyone's, and owns their gradient. By columns each takes a share of
+    C's rows, from all rows gathered, and gradients are reduce-scattered.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, lambda_param: float, ranks: Ranks | None) -> Tensor:
+        N = len(a) if ranks is None else ranks.total
+        by_rows = a.shape[1] >= 2 * N or (ranks is not None and ranks.strategy == "ring")
+        ctx.lambda_param, ctx.ranks, ctx.by_rows, ctx.scale = lambda_param, ranks, by_rows, 1 / N
+        diagonal = a.new_zeros(a.shape[1], dtype=accumulator(a))
+        for rows in _pieces(len(a), a.shape[1]):
+            diagonal += (a[rows].to(diagonal.dtype) * b[rows]).sum(0)
+        squares = diagonal.new_zeros(())
+        if ranks is None:
+            squares += barlow_twins_rows(a, b, None, None, 1 / N) if by_rows else barlow_twins_columns(a, b, 0, 1 / N)
+        elif by_rows:
+
+            def visit(_: Any, x: Tensor, y: Tensor) -> list[Tensor]:
+                if len(a) and len(x):
+                    squares.add_(barlow_twins_rows(a, b, x, y, 1 / N))
+                return []
+
+            ranks.meet([a, b], visit)
+        else:
+            own = _share(a.shape[1], ranks)
+            squares += barlow_twins_columns(ranks.gather(a)[:, own], ranks.gather(b), own.start, 1 / N)
+        if ranks is not None:
+            *diagonal, squares = ranks.all_reduce(torch.cat([diagonal, squares[None]])).split([len(diagonal), 1])
+            diagonal, squares = diagonal[0], squares[0]
+        diagonal = diagonal / N
+        ctx.save_for_backward(a, b, diagonal)
+        if by_rows:
+            squares = squares - diagonal.square().sum()
+        return (1 - diagonal).square().sum() + lambda_param * squares
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, diagonal = ctx.saved_tensors
+        ranks, scale = ctx.ranks, ctx.scale
+        if ranks is None:
+            of = (a, b, None, None) if ctx.by_rows else (a, b, 0)
+            da, db = (barlow_twins_rows_bwd if ctx.by_rows else barlow_twins_columns_bwd)(*of, scale)
+        elif ctx.by_rows:
+            da, db = (z.new_zeros(z.shape, dtype=diagonal.dtype) for z in (a, b))
+
+            def visit(_: Any, x: Tensor, y: Tensor) -> list[Tensor]:
+                if len(a) and len(x):
+                    for total, part in zip((da, db), barlow_twins_rows_bwd(a, b, x, y, scale), strict=True):
+                        total.add_(part)
+                return []
+
+            ranks.meet([a, b], visit)
+        else:
+            own = _share(a.shape[1], ranks)
+            x, y = ranks.gather(a), ranks.gather(b)
+            dx = torch.zeros(x.shape, dtype=diagonal.dtype, device=x.device)
+            dx[:, own], dy = barlow_twins_columns_bwd(x[:, own], y, own.start, scale)
+            da, db = ranks.scatter_sum(dx), ranks.scatter_sum(dy)
+        if ranks is not None:
+            grad = ranks.all_reduce(grad)
+        on_diagonal = 2 * (diagonal - 1) - (2 * ctx.lambda_param * diagonal if ctx.by_rows else 0)
+        for dz, other in ((da, b), (db, a)):
+            dz.mul_(ctx.lambda_param).addcmul_(other.to(dz.dtype), on_diagonal * scale).mul_(grad)
+        return da.to(a.dtype), db.to(b.dtype), None, None
+
+
+def _share(D: int, ranks: Ranks) -> slice:
+    """This rank's rows of C."""
+    return slice(D * ranks.rank // ranks.world, D * (ranks.rank + 1) // ranks.world)
+
+
+def barlow_twins(
+    z_a: Tensor,
+    z_b: Tensor,
+    lambda_param: float = 5e-3,
+    *,
+    eps: float = 1e-5,
+    gather_distributed: bool = False,
+    group: Any = None,
+    strategy: Strategy = "gather",
+) -> Tensor:
+    """Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230, equations 1 and 2), in memory of order N D.
+
+    Equivalent to:
+        a, b = (F.batch_norm(z, None, None, training=True, eps=eps) for z in (z_a, z_b))
+        C = a.T @ b / N; off = C - C.diagonal().diag()
+        (1 - C.diagonal()).square().sum() + lambda_param * off.square().sum()
+
+    Args:
+        z_a, z_b: (N, D) embeddings of the two views, N >= 2, fp16, bf16, fp32 or fp64. C is fp32 (fp64 for fp64).
+        lambda_param: the weight of the redundancy, what lies beside the diagonal.
+        eps: added to the biased variances.
+        gather_distributed, group, strategy: let the rows of all processes be one batch: statistics and C are those of
+            all rows. Each process brings its own N, 0 too, and returns the loss of the whole; the backward is that of
+            the sum over processes, so that the mean over them, as DistributedDataParallel takes it, is the gradient of
+            one process with the whole batch. "gather" brings all rows to each; "ring" passes blocks of them around, in
+            memory that does not grow with the number of processes.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64). Its gradient is not differentiable again.
+
+    Raises:
+        ValueError, TypeError: naming the argument, for shapes or dtypes that do not fit.
+        RuntimeError: where another process of the group ends or stays silent for longer than the group's time-out.
+
+    Example:
+        >>> loss = barlow_twins(model(view1), model(view2))
+    """
+    group = processes(gather_distributed, group, strategy)
+    z_a, z_b = _losses.check_embeddings("z_a", z_a, "z_b", z_b, empty=group is not None)
+    check_weights(lambda_param, eps)
+    ranks = share(z_a, group, strategy)
+    rows = len(z_a) if ranks is None else ranks.total
+    if rows < 2:
+        raise ValueError(f"z_a: got {rows} row, allowed: at least 2 to standardise over; use a larger batch")
+    if ranks is None:
+        a, b = (batch_norm(z, None, None, training=True, eps=eps) for z in (z_a, z_b))
+    else:
+        a, b = (sync_batch_norm(z, ranks.group, eps) for z in (z_a, z_b))
+    return _BarlowTwins.apply(a, b, float(lambda_param), ranks)
+
+
+def check_weights(lambda_param: object, eps: object = 1e-5) -> None:
+    for name, value in (("lambda_param", lambda_param), ("eps", eps)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}: got {value!r}, allowed: a finite number >= 0")
+
+
+class BarlowTwinsLoss(nn.Module):
+    """The loss of Barlow Twins as a module; a drop-in for lightly.loss.BarlowTwinsLoss that never holds a D x D matrix.
+
+    Equivalent to: lightly.loss.BarlowTwinsLoss(lambda_param)(z_a, z_b). Over several processes lightly standardises by
+    each one's own statistics, this loss by those of all rows, as one process with the whole batch would.
+
+    Args:
+        lambda_param: the weight of the redundancy.
+        gather_distributed: let the rows of all processes be one batch.
+        options: keyword arguments of `ssl_fast.functional.barlow_twins`: eps, group, strategy.
+
+    Shape:
+        z_a, z_b: (N, D). Returns a scalar, fp32 (fp64 for fp64 inputs).
+
+    Example:
+        >>> loss = BarlowTwinsLoss()(model(view1), model(view2))
+    """
+
+    def __init__(self, lambda_param: float = 5e-3, gather_distributed: bool = False, **options: Any) -> None:
+        super().__init__()
+        check_weights(lambda_param)
+        self.lambda_param = lambda_param
+        self.options = {"gather_distributed": gather_distributed, **options}
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        return barlow_twins(z_a, z_b, self.lambda_param, **self.options)
+
+    def extra_repr(self) -> str:
+        return f"lambda_param={self.lambda_param}"

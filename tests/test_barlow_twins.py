@@ -1,0 +1,153 @@
+"""barlow_twins against autograd of the dense fp64 expression; over processes in test_distributed.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import DEVICE, assert_close, tensors
+from torch import Tensor
+from torch.library import opcheck
+from torch.nn import functional as F
+
+from ssl_fast import BarlowTwinsLoss
+from ssl_fast.functional import barlow_twins
+from ssl_fast.ops import barlow_twins as home
+
+SHAPES = [(2, 1), (3, 7), (64, 16), (257, 130), (7, 50), (2, 33), (150, 301), (30, 5)]  # by columns and by rows
+
+
+def dense(z_a: Tensor, z_b: Tensor, weight: float = 5e-3) -> Tensor:
+    """The paper's pseudocode."""
+    a, b = (F.batch_norm(z, None, None, training=True) for z in (z_a, z_b))
+    C = a.T @ b / len(z_a)
+    on = C.diagonal()
+    off = C.masked_fill(torch.eye(len(C), dtype=torch.bool, device=C.device), 0)
+    return (1 - on).square().sum() + weight * off.square().sum()
+
+
+def results(loss, z_a, z_b, *weight) -> dict[str, Tensor]:
+    z_a, z_b = (z.detach().clone().requires_grad_() for z in (z_a, z_b))
+    value = loss(z_a, z_b, *weight)
+    return dict(zip(("loss", "dz_a", "dz_b"), (value, *torch.autograd.grad(value, (z_a, z_b))), strict=True))
+
+
+def views(N: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    z_a, noise = tensors((N, D), (N, D), dtype=torch.float64, seed=N + D)
+    return tuple((z * 3 + 1).detach().to(dtype) for z in (z_a, z_a + noise))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
+@pytest.mark.parametrize(("N", "D"), SHAPES)
+def test_against_fp64(N, D, dtype):
+    z_a, z_b = views(N, D, dtype)
+    truth = results(dense, z_a.double(), z_b.double(), 0.1)
+    value, plain = results(barlow_twins, z_a, z_b, 0.1), results(dense, z_a, z_b, 0.1)
+    for name in truth:
+        if truth[name].norm() < 1e-9 * D:  # two rows, standardised, are -1 and 1 whatever they were
+            assert value[name].norm() <= 2 * plain[name].norm() + 1e-3 * D
+        else:
+            loose = truth[name] * (1 + 1e-10) if N == 2 else plain[name]  # nothing is left of fp64's digits there
+            assert_close(name, value[name], truth[name], loose if dtype == torch.float64 else plain[name], dtype)
+
+
+@pytest.mark.parametrize(("N", "D"), [(40, 90), (90, 40)])
+def test_in_several_tiles(N, D, monkeypatch):
+    monkeypatch.setattr(
+        home, "_pieces", lambda count, width: (slice(i, min(i + 17, count)) for i in range(0, count, 17))
+    )
+    z_a, z_b = views(N, D, torch.float64)
+    truth, value = (results(loss, z_a, z_b) for loss in (dense, barlow_twins))
+    for name in truth:
+        assert_close(name, value[name], truth[name], None, torch.float64)
+
+
+def test_confident_pairs_and_decorrelated_features():
+    """Where C is nearly the identity, what is left beside its diagonal is still right."""
+    z = torch.linalg.qr(torch.randn(256, 64, dtype=torch.float64, device=DEVICE)).Q
+    noise = 1e-3 * torch.randn(256, 64, dtype=torch.float64, device=DEVICE) / 16
+    for N in (256, 32):  # by columns, by rows
+        z_a, z_b = (x[:N].float() for x in (z, z + noise))
+        truth = results(dense, z_a.double(), z_b.double())
+        value = results(barlow_twins, z_a, z_b)
+        plain = results(dense, z_a, z_b)
+        for name in truth:
+            assert_close(name, value[name], truth[name], plain[name], torch.float32)
+
+
+def test_both_ways_give_the_same():
+    a, b = (F.batch_norm(z, None, None, training=True) for z in views(20, 23, torch.float64))
+    on = ((a * b).mean(0) ** 2).sum()
+    rows, columns = home.barlow_twins_rows(a, b, None, None, 1 / 20), home.barlow_twins_columns(a, b, 0, 1 / 20)
+    torch.testing.assert_close(rows - on, columns)
+    halves = [home.barlow_twins_rows(a[i], b[i], a, b, 1 / 20) for i in (slice(9), slice(9, None))]
+    torch.testing.assert_close(sum(halves), rows)
+    parts = [home.barlow_twins_columns(a[:, i], b, i.start, 1 / 20) for i in (slice(0, 7), slice(7, None))]
+    torch.testing.assert_close(sum(parts), columns)
+
+
+def test_parity_with_lightly():
+    lightly = pytest.importorskip("lightly.loss")
+    for N, D in ((32, 100), (100, 32)):
+        z_a, z_b = views(N, D, torch.float32)
+        ours = results(BarlowTwinsLoss(0.01), z_a, z_b)
+        theirs = results(lightly.BarlowTwinsLoss(0.01), z_a, z_b)
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("N", "D"), [(5, 12), (9, 4)])
+def test_gradcheck_opcheck_and_strides(N, D):
+    z_a, z_b = (z.requires_grad_() for z in views(N, D, torch.float64))
+    assert torch.autograd.gradcheck(lambda a, b: barlow_twins(a, b, 0.3), (z_a, z_b))
+    a, b = (z.detach().float() for z in (z_a, z_b))
+    named = torch.ops.ssl_fast
+    for x in (None, b):
+        opcheck(named.barlow_twins_rows.default, (a, b, x, x, 0.1))
+        opcheck(named.barlow_twins_rows_bwd.default, (a, b, x, x, 0.1))
+    opcheck(named.barlow_twins_columns.default, (a[:, 1:], b, 1, 0.1))
+    opcheck(named.barlow_twins_columns_bwd.default, (a[:, 1:], b, 1, 0.1))
+    strided = results(barlow_twins, a.T.contiguous().T, b.repeat(1, 2)[:, :D])
+    plain = results(barlow_twins, a, b)
+    assert all(torch.allclose(strided[name], plain[name], rtol=1e-4, atol=1e-6) for name in plain)
+
+
+def test_two_runs_are_equal_to_the_bit_and_compile():
+    for N, D in ((6, 40), (40, 6)):
+        z_a, z_b = views(N, D, torch.float32)
+        first, second = results(barlow_twins, z_a, z_b), results(barlow_twins, z_a, z_b)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        compiled = results(torch.compile(barlow_twins, backend="aot_eager", fullgraph=True), z_a, z_b)
+        assert all(torch.allclose(first[name], compiled[name]) for name in first)
+
+
+def test_autocast_and_second_derivatives():
+    z_a, z_b = views(8, 20, torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = barlow_twins(z_a, z_b)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, barlow_twins(z_a.bfloat16(), z_b.bfloat16()))
+    z = z_a.requires_grad_()
+    (grad,) = torch.autograd.grad(barlow_twins(z, z_b), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda z: barlow_twins(z[:1], z[:1]), "z_a: got 1 row, allowed: at least 2"),
+        (lambda z: barlow_twins(z, z[:2]), r"z_b: got shape \(2, 4\)"),
+        (lambda z: barlow_twins(z.long(), z.long()), "z_a: got torch.int64"),
+        (lambda z: barlow_twins(z, z, -1.0), "lambda_param: got -1.0"),
+        (lambda z: barlow_twins(z, z, eps=float("nan")), "eps: got nan"),
+        (lambda z: BarlowTwinsLoss(True), "lambda_param: got True"),
+        (lambda z: barlow_twins(z, z, strategy="tree"), "strategy: got 'tree'"),
+    ],
+)
+def test_errors_name_the_argument(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(torch.randn(3, 4, device=DEVICE))
+
+
+def test_the_module_prints():
+    assert repr(BarlowTwinsLoss(0.01)) == "BarlowTwinsLoss(lambda_param=0.01)"
