@@ -5,7 +5,7 @@ from ssl_fast._op import backend
 from ssl_fast.accelerate import accelerate
 from ssl_fast.cached import CachedStep, cached_step, checkpoint_stages
 from ssl_fast.fold import fold_conv_bn
-from ssl_fast.methods import MoCo, SimCLR
+from ssl_fast.methods import BarlowTwins, MoCo, SimCLR
 from ssl_fast.ops.barlow_twins import BarlowTwinsLoss
 from ssl_fast.ops.ema import EMA, cosine_momentum, ema_update_, update_momentum
 from ssl_fast.ops.info_nce import CLIPLoss, InfoNCE, SupConLoss
@@ -16,6 +16,7 @@ from ssl_fast.sync_batch_norm import convert_sync_batchnorm
 __version__ = "0.1.0"
 
 __all__ = [
+    "BarlowTwins",
     "BarlowTwinsLoss",
     "CLIPLoss",
     "CachedStep",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 Strategy = Literal["gather", "ring"]
 Visit = Callable[..., list[Tensor]]
@@ -251,3 +253,84 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return ctx.ranks.all_reduce(grad), None
+
+
+# ---- a run of several processes
+
+
+class Team:
+    """The processes of one run: those that torchrun has started, or that share a process group already; else this one.
+
+    Attributes:
+        rank, world: this process's number, and how many there are.
+        device: what this process computes on; for "auto" and "cuda" the GPU of its number on the machine.
+        leads: whether it is the one that writes.
+    """
+
+    def __init__(self, device: Callable[[str], torch.device], name: str) -> None:
+        local = os.environ.get("LOCAL_RANK")
+        if local is not None and name in ("auto", "cuda") and torch.cuda.is_available():
+            name = f"cuda:{local}"
+        self.device = device(name)
+        self.started = False
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized():
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self.started = True
+        self.rank, self.world = rank_and_world()
+        self.leads = self.rank == 0
+
+    def share(self, batch_size: int) -> int:
+        """Images a step on each process."""
+        if batch_size % self.world:
+            raise ValueError(
+                f"batch_size: got {batch_size} on {self.world} processes, allowed: a multiple of {self.world}, as each "
+                "brings as many images"
+            )
+        return batch_size // self.world
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """A module whose gradients are averaged over processes."""
+        if self.world == 1:
+            return network
+        devices = [self.device] if self.device.type == "cuda" else None
+        with warnings.catch_warnings():  # of the newer name of an argument
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.parallel.DistributedDataParallel(network, devices, broadcast_buffers=False)
+
+    def mean(self, x: Tensor) -> Tensor:
+        x = x.detach().clone()
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x / self.world
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any process."""
+        return here if self.world == 1 else self.mean(torch.tensor(float(here), device=self.device)).item() > 0
+
+    def all(self, thing: Any) -> list[Any]:
+        """What each process has, on each."""
+        things = [thing] * self.world
+        if self.world > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Let the leader run a block, and then the others."""
+        if not self.leads:
+            self.wait()
+        yield
+        if self.leads:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Take down the group that this has started."""
+        if self.started and dist.is_initialized():
+            dist.destroy_process_group()

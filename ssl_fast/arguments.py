@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,9 @@ def instead_of(name: str, allowed: list[str]) -> str:
 def plain(value: Any) -> Any:
     """A value as YAML holds it; a module by the name of its class."""
     if isinstance(value, Policy):
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
+        return {k: plain(list(v) if isinstance(v, tuple) else v) for k, v in vars(value).items()}
+    if isinstance(value, list):
+        return value
     if isinstance(value, Path):
         return str(value)
     return value if isinstance(value, (str, int, float, bool, type(None))) else f"<{type(value).__qualname__}>"

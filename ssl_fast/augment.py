@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,31 +26,42 @@ class Policy:
         rotate: degrees to either side, before the crop.
         crop_area: smallest and largest share of the image's area that a crop keeps; its aspect ratio is 3/4 to 4/3.
         flip: probability of a horizontal flip.
-        strength: s of the colour distortion: brightness, contrast and saturation within 0.8 s, in an order drawn per
-            batch. Images of one channel have no saturation and no hue.
-        hue: of the distortion, within hue * s.
+        strength: s of the colour distortion: brightness and contrast within 0.8 s, in an order drawn per batch. Images
+            of one channel have no saturation and no hue.
+        saturation, hue: of the distortion, within saturation * s and hue * s.
         jitter: probability of the distortion.
         gray: probability of dropping the colours.
         blur: probability of a Gaussian blur over 10% of the image, sigma 0.1 to 2 pixels.
+        solarize: probability of inverting what is brighter than half.
+        second: of the second view; None: the same.
     """
 
     rotate: float = 0.0
     crop_area: tuple[float, float] = (0.08, 1.0)
     flip: float = 0.5
     strength: float = 1.0
+    saturation: float = 0.8
     hue: float = 0.2
     jitter: float = 0.8
     gray: float = 0.2
     blur: float = 0.5
+    solarize: float = 0.0
+    second: Policy | None = None
 
+
+_BARLOW = Policy(strength=0.5, saturation=0.4)  # section 2.2 and the authors' code: BYOL's, different for each view
+_DIGITS = Policy(rotate=15.0, crop_area=(0.4, 1.0), flip=0.0, strength=0.5, gray=0.0)
 
 POLICIES = {
     "simclr": Policy(),
     "simclr_small": Policy(strength=0.5, blur=0.0),  # appendix B.9, CIFAR-10
     "moco_v1": Policy(crop_area=(0.2, 1.0), strength=0.5, hue=0.8, jitter=1.0, blur=0.0),  # section 4
     "moco_v2": Policy(crop_area=(0.2, 1.0), strength=0.5),  # section 3, and the authors' code
-    "digits": Policy(rotate=15.0, crop_area=(0.4, 1.0), flip=0.0, strength=0.5, gray=0.0, blur=0.0),
-    "digits_blur": Policy(rotate=15.0, crop_area=(0.4, 1.0), flip=0.0, strength=0.5, gray=0.0),
+    "barlow_twins": replace(_BARLOW, blur=1.0, second=replace(_BARLOW, blur=0.1, solarize=0.2)),
+    "barlow_twins_small": replace(_BARLOW, blur=0.0, second=replace(_BARLOW, blur=0.0, solarize=0.2)),
+    "digits": replace(_DIGITS, blur=0.0),
+    "digits_blur": _DIGITS,
+    "barlow_twins_digits": replace(_DIGITS, blur=0.0, second=replace(_DIGITS, solarize=0.2)),
 }
 
 
@@ -80,21 +91,9 @@ class TwoViews(nn.Module):
 
     def __init__(self, policy: Policy, size: int, channels: int = 3) -> None:
         super().__init__()
-        K = require("kornia.augmentation", "the augmentations")
         self.shape = (channels, size, size)
-        colour, s = channels == 3, policy.strength
-        kernel = max(3, size // 20 * 2 + 1)
-        steps = [
-            # Resampling by an affine grid: on a GPU slicing would fetch each image's box to the host.
-            K.RandomResizedCrop((size, size), scale=policy.crop_area, cropping_mode="resample"),
-            K.RandomHorizontalFlip(policy.flip) if policy.flip else None,
-            K.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s * colour, policy.hue * s * colour, p=policy.jitter) if s else None,
-            K.RandomGrayscale(p=policy.gray) if policy.gray and colour else None,
-            K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=policy.blur) if policy.blur else None,
-        ]
-        if policy.rotate:
-            steps.insert(0, K.RandomRotation(policy.rotate, p=1.0))
-        self.steps = nn.Sequential(*(step for step in steps if step is not None))
+        self.steps = _steps(policy, size, channels)
+        self.second = None if policy.second is None else _steps(policy.second, size, channels)
 
     @torch.no_grad()
     def forward(self, images: Tensor, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -110,12 +109,30 @@ class TwoViews(nn.Module):
                 for view, drawn in zip(views, self(block, (*key, i)), strict=True):
                     view.split(BLOCK)[i].copy_(drawn)
             return views[0], views[1]
-        x = images.repeat(2, 1, 1, 1).float().div_(255)
+        x = images.float().div_(255)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(key))
-            x = self.steps(x)
+            x = self.steps(x.repeat(2, 1, 1, 1)) if self.second is None else torch.cat([self.steps(x), self.second(x)])
         view1, view2 = normalise(x).chunk(2)
         return view1, view2
+
+
+def _steps(policy: Policy, size: int, channels: int) -> nn.Sequential:
+    K = require("kornia.augmentation", "the augmentations")
+    colour, s = channels == 3, policy.strength
+    kernel = max(3, size // 20 * 2 + 1)
+    jitter = (0.8 * s, 0.8 * s, policy.saturation * s * colour, policy.hue * s * colour)
+    steps = [
+        K.RandomRotation(policy.rotate, p=1.0) if policy.rotate else None,
+        # Resampling by an affine grid: on a GPU slicing would fetch each image's box to the host.
+        K.RandomResizedCrop((size, size), scale=policy.crop_area, cropping_mode="resample"),
+        K.RandomHorizontalFlip(policy.flip) if policy.flip else None,
+        K.ColorJitter(*jitter, p=policy.jitter) if s else None,
+        K.RandomGrayscale(p=policy.gray) if policy.gray and colour else None,
+        K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=policy.blur) if policy.blur else None,
+        K.RandomSolarize(0.0, 0.0, p=policy.solarize) if policy.solarize else None,
+    ]
+    return nn.Sequential(*(step for step in steps if step is not None))
 
 
 def seed_of(key: tuple[int, ...]) -> int:

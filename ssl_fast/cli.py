@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{name}: {error}", 1)
     if isinstance(result, Plan):
         print(result)
-    elif isinstance(result, dict) and command is not demo:
+    elif isinstance(result, dict) and command is not demo and os.environ.get("RANK", "0") == "0":
         print("\n".join(f"{key:12} {value}" for key, value in result.items()))
     return 0
 
@@ -98,7 +99,8 @@ def _of_the_run(given: dict[str, Any], allowed: dict[str, inspect.Parameter]) ->
         return {}
     saved = read_args(Path(given["out"]).expanduser())
     if isinstance(saved["augment"], dict):
-        saved["augment"] = Policy(**saved["augment"])
+        second = saved["augment"].pop("second", None)
+        saved["augment"] = Policy(**saved["augment"], second=second and Policy(**second))
     return {key: value for key, value in saved.items() if key in _allowed(train, saved["method"])}
 
 

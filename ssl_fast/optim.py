@@ -109,17 +109,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(
-    model: nn.Module, name: str, batch_size: int, lr: float | None = None, weight_decay: float | None = None
+    model: nn.Module,
+    name: str,
+    batch_size: int,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    bias_lr: float = 1.0,
 ) -> torch.optim.Optimizer:
     """The optimizer called "lars", "sgd" (momentum 0.9) or "adamw" over `parameter_groups(model)`.
 
     Where lr is None it is the default of a batch of 256, scaled linearly: 0.3 (lars, the paper's), 0.03 (sgd) or
-    5e-4 (adamw) times batch_size / 256. Where weight_decay is None: 1e-6, 1e-4, 0.05.
+    5e-4 (adamw) times batch_size / 256. Where weight_decay is None: 1e-6, 1e-4, 0.05. Biases and normalisation learn
+    at bias_lr times lr.
     """
     if name not in DEFAULTS:
         raise ValueError(f"optimizer: got {name!r}, allowed: {', '.join(DEFAULTS)}")
     lr = DEFAULTS[name]["lr"] * batch_size / 256 if lr is None else lr
     groups = parameter_groups(model, DEFAULTS[name]["weight_decay"] if weight_decay is None else weight_decay)
+    for group in groups:
+        group["lr"] = lr if group["adapt"] else lr * bias_lr
     if name == "lars":
         return LARS(groups, lr=lr)
     return torch.optim.SGD(groups, lr=lr, momentum=0.9) if name == "sgd" else torch.optim.AdamW(groups, lr=lr)

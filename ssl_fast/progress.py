@@ -80,11 +80,12 @@ class Stopwatch:
 class Progress:
     """A bar on a terminal; elsewhere one plain line a minute."""
 
-    def __init__(self, total: int, step: int, every: float = 60.0) -> None:
+    def __init__(self, total: int, step: int, every: float = 60.0, *, shown: bool = True) -> None:
+        self._visible = shown
         self._every, self._printed = every, time.monotonic()
         self._shown: dict[str, Any] = {}
         self._bar = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             self._bar = require("tqdm", "the progress bar").tqdm(
                 total=total, initial=step, unit="step", dynamic_ncols=True
             )
@@ -92,6 +93,8 @@ class Progress:
 
     def show(self, row: dict[str, Any], line: bool = False) -> None:
         """Show a row of metrics; as a line of the log too where `line`, or where a minute has passed without one."""
+        if not self._visible:
+            return
         self._shown |= row
         r = self._shown
         parts = [f"loss {r['loss']:.4f}"] if "loss" in r else []

@@ -27,10 +27,14 @@ class Run:
 
         args.yaml  metrics.jsonl  train.log  checkpoints/last.pt  plots/  events.out.tfevents.*
 
-    The constructor only checks: nothing is written before `open`.
+    The constructor only checks: nothing is written before `open`, and nothing at all where `writes` is False, by the
+    other processes of a run.
     """
 
-    def __init__(self, out: str | Path, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    def __init__(
+        self, out: str | Path, config: dict[str, Any], resume: bool, overwrite: bool, writes: bool = True
+    ) -> None:
+        self.writes = writes
         self.out, self.config, self.resume, self.overwrite = Path(out).expanduser(), config, resume, overwrite
         self.last = self.out / "checkpoints" / "last.pt"
         self.metrics = self.out / "metrics.jsonl"
@@ -78,6 +82,8 @@ class Run:
 
     def open(self) -> None:
         """Create the folder, or cut it back to the checkpoint, and start logging into it."""
+        if not self.writes:
+            return
         self.last.parent.mkdir(parents=True, exist_ok=True)
         if self.overwrite:
             self._clear()
@@ -128,6 +134,8 @@ class Run:
 
     def record(self, row: dict[str, Any]) -> None:
         """Append a row, which has a `step`, to metrics.jsonl and its numbers to TensorBoard."""
+        if not self.writes:
+            return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for key, value in row.items():
@@ -136,6 +144,8 @@ class Run:
 
     def save(self, state: dict[str, Any], copy: str | None = None) -> None:
         """Write checkpoints/last.pt, and a copy under another name where one is given."""
+        if not self.writes:
+            return
         os.fsync(self._file.fileno())  # the metrics up to this step are on disk before a checkpoint says so
         if copy:
             write_atomically(self.last.with_name(copy), state)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssl_fast._distributed import Team
 from ssl_fast.accelerate import accelerate as accelerated
 from ssl_fast.arguments import check_arguments
-from ssl_fast.augment import Policy, TwoViews, policy_named
+from ssl_fast.augment import Policy, TwoViews, policy_named, seed_of
 from ssl_fast.backbones import SMALL_IMAGE, build_encoder
 from ssl_fast.cached import CachedStep
 from ssl_fast.cached import checkpoint_stages as checkpointed
@@ -25,6 +26,7 @@ from ssl_fast.optim import SCHEDULES, build_optimizer
 from ssl_fast.plots import plot_curves, plot_pca, plot_views
 from ssl_fast.progress import Interruption, Progress, Stopwatch
 from ssl_fast.run import Run, pick_device, read_rows, rng_state, seed_everything, set_rng_state
+from ssl_fast.sync_batch_norm import convert_sync_batchnorm
 
 log = logging.getLogger("ssl_fast")
 
@@ -68,24 +70,29 @@ def train(
     ends with the weights and metrics of an unbroken one (to the bit on a CPU with as many threads; on a GPU as far as
     its convolutions are deterministic). Data order and augmentation depend on (seed, epoch, step) alone.
 
+    Started by torchrun, the processes share each batch, and the loss is that of all of it; batch norm sees all of it
+    too, but in MoCo, whose method wants it apart. The first process alone writes.
+
     Args:
         out: folder for args.yaml, metrics.jsonl, train.log, TensorBoard events, checkpoints/ and plots/.
         data: "digits", "fashion_mnist", "cifar10", "stl10", or the path of a folder of images.
-        method: "simclr", "moco_v1" or "moco_v2"; each with the optimizer, schedule and augmentation of its paper where
-            they are "auto".
+        method: "simclr", "barlow_twins", "moco_v1" or "moco_v2"; each with the optimizer, schedule and augmentation of
+            its paper where they are "auto".
         model: "convnet", a torchvision or timm name, or an nn.Module from images to (N, features).
         epochs: passes over the images; the last, incomplete batch of a pass is left out.
-        batch_size: images a step; each gives two views.
+        batch_size: images a step, on all processes together; each gives two views.
         data_dir: where the files of a named data set are, or are downloaded to.
         image_size: pixels of a view's side; default the images' own, 224 for folders.
-        augment: "simclr", "simclr_small" (no blur, s = 0.5), "moco_v1", "moco_v2" (with blur), "digits" (no flip),
-            "digits_blur", a ssl_fast.augment.Policy, or "auto" by method, data set and image size.
+        augment: "simclr", "simclr_small" (no blur, s = 0.5), "moco_v1", "moco_v2" (with blur), "barlow_twins" (another
+            for the second view), "barlow_twins_small", "digits" (no flip), "digits_blur", "barlow_twins_digits", a
+            ssl_fast.augment.Policy, or "auto" by method, data set and image size.
         stem: "small" (3x3, for ResNets), "imagenet" (7x7), or "auto": small up to 64 pixels.
-        optimizer: "lars" (simclr), "sgd" (moco) or "adamw".
-        lr: peak learning rate; default 0.3 (lars), 0.03 (sgd) or 5e-4 (adamw) times batch_size / 256.
-        weight_decay: default 1e-6, 1e-4 or 0.05; never on biases and normalisation.
-        schedule: "cosine" (simclr, moco_v2), or "step" (moco_v1): x 0.1 at 60% and at 80% of the epochs.
-        warmup_epochs: of linear warm-up before; default a tenth of the epochs, at most 10, for simclr, 0 for moco.
+        optimizer: "lars" (simclr, barlow_twins), "sgd" (moco) or "adamw".
+        lr: peak learning rate; default 0.3 (lars; 0.2 for barlow_twins, whose biases learn at 0.024 of it), 0.03 (sgd)
+            or 5e-4 (adamw) times batch_size / 256.
+        weight_decay: default 1e-6 (barlow_twins 1.5e-6), 1e-4 or 0.05; never on biases and normalisation.
+        schedule: "cosine" (simclr, barlow_twins, moco_v2), or "step" (moco_v1): x 0.1 at 60% and at 80% of the epochs.
+        warmup_epochs: of linear warm-up before; default a tenth of the epochs, at most 10; 0 for moco.
         precision: "fp32", or "bf16" for autocast (the loss is fp32 in any case).
         accelerate: put ssl_fast's fused norms into the encoder and the head, as `ssl_fast.accelerate` does; checkpoints
             have the same keys.
@@ -107,9 +114,9 @@ def train(
             differ. A micro-batch that was found stays.
         overwrite: replace the run in `out`.
         method_args: further arguments of the method; for SimCLR head="nonlinear" | "linear" | "none", dim=128,
-            temperature=0.5; for MoCo dim=128, K=65536, m=0.999, T=0.07 (0.2 in v2), mlp=False (True in v2), and
-            bn_splits=8, the parts of a batch that batch norm sees apart. Few images want a short queue and a quick
-            key encoder: K=4096, m=0.99 for CIFAR-10.
+            temperature=0.5; for Barlow Twins dim=8192, lambda_param=5e-3; for MoCo dim=128, K=65536, m=0.999, T=0.07
+            (0.2 in v2), mlp=False (True in v2), and bn_splits=8, the parts of a batch that batch norm sees apart. Few
+            images want a short queue and a quick key encoder: K=4096, m=0.99 for CIFAR-10.
 
     Returns:
         A dict: `checkpoint`, `step`, `epoch`, and the last `loss`, `std` and `knn` recorded.
@@ -123,9 +130,11 @@ def train(
     Example:
         >>> train("out/digits", data="digits", model="convnet", epochs=50)
     """
-    run = Run(out, check_arguments(locals()), resume, overwrite)
-    chosen, recipe = pick_device(device), METHODS[method]
-    images = load_data(data, data_dir, image_size)
+    config = check_arguments(locals())
+    team, recipe = Team(pick_device, device), METHODS[method]
+    run, chosen, local_batch = Run(out, config, resume, overwrite, team.leads), team.device, team.share(batch_size)
+    with team.first():  # which downloads
+        images = load_data(data, data_dir, image_size)
     _check_batch(batch_size, images)
     workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
 
@@ -136,12 +145,15 @@ def train(
     if checkpoint_stages:
         checkpointed(encoder)
     network = recipe.build(encoder, features, **method_args).to(chosen)
-    network.check_batch(batch_size)
+    network.check_batch(local_batch)
     network.to(memory_format=torch.channels_last)
     norms = [accelerated(network, trace=False).summary] if accelerate else []
     views = TwoViews(_policy(augment, recipe, images), images.size, images.channels)
     optimizer = recipe.optimizer if optimizer == "auto" else optimizer
-    optim = build_optimizer(network, optimizer, batch_size, lr, weight_decay)
+    if optimizer == recipe.optimizer:
+        lr = recipe.lr * batch_size / 256 if lr is None and recipe.lr else lr
+        weight_decay = recipe.weight_decay if weight_decay is None else weight_decay
+    optim = build_optimizer(network, optimizer, batch_size, lr, weight_decay, recipe.bias_lr)
     factor_of = SCHEDULES[recipe.schedule if schedule == "auto" else schedule]
     peak = [group["lr"] for group in optim.param_groups]
     embeddings = _LastOutput(network.head)
@@ -149,7 +161,9 @@ def train(
     steps_per_epoch = len(images.train) // batch_size
     total = epochs * steps_per_epoch
     warmup = round((min(10, epochs * recipe.warmup) if warmup_epochs is None else warmup_epochs) * steps_per_epoch)
-    step = _restore(run.saved, network, optim, images) if run.saved else 0
+    if not team.leads:  # draws of the network itself, as dropout's, differ between processes
+        seed_everything(seed_of((seed, team.rank)))
+    step = _restore(run.saved, network, optim, images, team) if run.saved else 0
     cached = None
     if micro_batch is not None:
         if not hasattr(network, "cached"):
@@ -157,15 +171,25 @@ def train(
                 f"micro_batch: got {micro_batch!r} with method {method!r}, allowed: with simclr alone; MoCo's "
                 "negatives come from its queue, so lower batch_size and leave K"
             )
+        if team.world > 1:
+            raise ValueError(
+                f"micro_batch: got {micro_batch!r} on {team.world} processes, allowed: on one; each process sees its "
+                "share of batch_size at once, so start more of them"
+            )
         states = 0 if run.saved else {"adamw": 2}.get(optimizer, 1)  # tensors that the optimizer will hold of each
         reserve = states * sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
         cached = CachedStep(micro_batch, memory, reserve=reserve)
         cached.micro_batch = run.saved["micro_batch"] if run.saved else cached.micro_batch
+    model_of_all = team.wrap(network)
+    if team.world > 1 and recipe.sync_norms:  # DistributedDataParallel takes none on a CPU: ours run there
+        convert_sync_batchnorm(network)
 
     evaluated = encoder
 
     def measure_knn() -> None:
         nonlocal evaluated
+        if not team.leads:
+            return
         evaluated = folded(evaluated, images, chosen)
         row = {"step": step, "epoch": round(step / steps_per_epoch, 4), **knn_on(evaluated, images, chosen, workers)}
         run.record(row)
@@ -177,11 +201,12 @@ def train(
         facts = {"args": run.config, "named": isinstance(model, str), "step": step}
         facts |= {"images": len(images.train), "image_size": images.size, "channels": images.channels}
         facts |= {"micro_batch": cached and cached.micro_batch}
-        state = {"model": network.state_dict(), "optimizer": optim.state_dict(), "rng": rng_state()}
+        state = {"model": network.state_dict(), "optimizer": optim.state_dict(), "rng": team.all(rng_state())}
         run.save(facts | state, copy=f"epoch_{epoch:04d}.pt" if keep else None)
 
+    team.wait()  # until every process has looked into the folder
     run.open()
-    progress, watch = Progress(total, step), Stopwatch()
+    progress, watch = Progress(total, step, shown=team.leads), Stopwatch()
     try:
         for note in [*images.notes, _summary(run, network, images, chosen, total, step), *norms]:
             log.info("%s", note)
@@ -193,40 +218,46 @@ def train(
                 measure_knn()  # the random encoder, which the curve starts from
             network.train()
             watch.restart()
-            for epoch, batch in watch.waiting(_batches(images, chosen, workers, batch_size, seed, step, epochs)):
-                view1, view2 = views(batch, key=(seed, epoch, step))
-                if step == 0:
+            for epoch, batch in watch.waiting(_batches(images, team, workers, batch_size, seed, step, epochs)):
+                view1, view2 = views(batch, key=(seed, epoch, step, team.rank)[: 3 + (team.world > 1)])
+                if step == 0 and team.leads:
                     plot_views(batch, view1, view2, run.plots / "views.png")
                 factor = factor_of(step, total, warmup)
                 for group, rate in zip(optim.param_groups, peak, strict=True):
                     group["lr"] = rate * factor
                 optim.zero_grad(set_to_none=True)
                 with torch.autocast(chosen.type, torch.bfloat16, enabled=precision == "bf16"):
-                    loss = network.cached(view1, view2, cached) if cached else network(view1, view2)
+                    loss = network.cached(view1, view2, cached) if cached else model_of_all(view1, view2)
                 if not cached:
                     loss.backward()
                 optim.step()
                 step += 1
-                watch.count(len(batch))
+                watch.count(len(batch) * team.world)
 
                 epoch_ends = step % steps_per_epoch == 0
-                if step % log_every == 0:
+                logs, saves = step % log_every == 0, epoch_ends or (save_every and step % save_every == 0)
+                # Processes answer Ctrl-C together; to ask them at every step would make a GPU wait.
+                stops = team.any(interruption.requested) if team.world == 1 or logs or saves else False
+                value = _finite(team.mean(loss), step, run) if logs or saves or stops else math.nan
+                if logs:
                     z = embeddings.last
-                    row = {"step": step, "epoch": round(step / steps_per_epoch, 4), "loss": _finite(loss, step, run)}
+                    row = {"step": step, "epoch": round(step / steps_per_epoch, 4), "loss": value}
                     row |= {"lr": peak[0] * factor, "std": embedding_std(z), **watch.lap()}
                     run.record(row)
                     progress.show(row)
-                    _warn_of_collapse(row["std"], z.shape[1])
-                if epoch_ends or interruption.requested or (save_every and step % save_every == 0):
-                    _finite(loss, step, run)
+                    if team.leads:
+                        _warn_of_collapse(row["std"], z.shape[1])
+                if saves or stops:
                     with watch.paused():
                         if epoch_ends and knn_every and (step // steps_per_epoch % knn_every == 0 or step == total):
                             measure_knn()
                         save()
-                if interruption.requested and step < total:
+                if stops and step < total:
                     raise KeyboardInterrupt
-        _draw(run, encoder, images, chosen, workers)
-        log.info("done: %s", run.last)
+        if team.leads:
+            _draw(run, encoder, images, chosen, workers)
+            log.info("done: %s", run.last)
+        team.wait()
     except KeyboardInterrupt:
         hint = f"continue with the same arguments and resume=True, or by `ssl-fast train out={run.out} resume=true`"
         log.info("interrupted at step %d of %d; %s", step, total, hint)
@@ -237,17 +268,19 @@ def train(
     finally:
         progress.close()
         run.close()
+        team.close()
     return {"checkpoint": str(run.last), **{key: value for row in read_rows(run.metrics) for key, value in row.items()}}
 
 
 def _batches(
-    images: ImageData, device: torch.device, workers: int, batch_size: int, seed: int, step: int, epochs: int
+    images: ImageData, team: Team, workers: int, batch_size: int, seed: int, step: int, epochs: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """(epoch, uint8 images) of every step from `step` on."""
-    loader, n = Loader(images.train, device, workers), len(images.train)
+    """(epoch, uint8 images) of every step from `step` on: this process's share of the batch."""
+    loader, n = Loader(images.train, team.device, workers), len(images.train)
     first, done = divmod(step, n // batch_size)
     for epoch in range(first, epochs):
-        for batch, _ in loader(epoch_batches(n, batch_size, seed, epoch)[done:]):
+        batches = epoch_batches(n, batch_size, seed, epoch)[done:]
+        for batch, _ in loader([indices.chunk(team.world)[team.rank] for indices in batches]):
             yield epoch, batch
         done = 0
 
@@ -278,8 +311,15 @@ def _policy(augment: str | Policy, recipe: Method, images: ImageData) -> Policy:
     return policy_named(augment)
 
 
-def _restore(saved: dict[str, Any], network: nn.Module, optim: torch.optim.Optimizer, images: ImageData) -> int:
+def _restore(
+    saved: dict[str, Any], network: nn.Module, optim: torch.optim.Optimizer, images: ImageData, team: Team
+) -> int:
     """Load a checkpoint into a run, and return its step."""
+    if len(saved["rng"]) != team.world:
+        raise ValueError(
+            f"resume: the run was on {len(saved['rng'])} processes, now on {team.world}; start as many, or another run "
+            "in a new folder"
+        )
     if saved["images"] != len(images.train):
         raise ValueError(
             f"resume: {images.name} had {saved['images']} training images, now {len(images.train)}; "
@@ -287,7 +327,7 @@ def _restore(saved: dict[str, Any], network: nn.Module, optim: torch.optim.Optim
         )
     network.load_state_dict(saved["model"])
     optim.load_state_dict(saved["optimizer"])
-    set_rng_state(saved["rng"])
+    set_rng_state(saved["rng"][team.rank])
     return saved["step"]
 
 

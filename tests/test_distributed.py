@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ssl_fast  # noqa: E402
 from ssl_fast import BarlowTwinsLoss, CLIPLoss, InfoNCE, NTXentLoss, SupConLoss  # noqa: E402
 from ssl_fast.functional import clip, info_nce, nt_xent, sup_con  # noqa: E402
+from ssl_fast.optim import LARS, parameter_groups  # noqa: E402
 
 D, K = 6, 9
 COUNTS = {1: [(7,)], 2: [(5, 2), (0, 6), (3, 3)], 4: [(3, 1, 0, 4)]}
@@ -234,6 +235,39 @@ def queue_of(model: nn.Module, batch: Batch) -> Batch:
     return Batch(batch.x1, batch.x2, batch.labels, batch.weight, batch.queue[:, :width], batch.first)
 
 
+def curve(build: Callable[[], nn.Module], counts: tuple[int, ...], rank: int | None) -> Tensor:
+    """The losses of 20 steps with LARS, of the rows of a process or of all."""
+    torch.manual_seed(1)
+    network = build().double()
+    wrapped: nn.Module = network
+    if rank is not None:
+        wrapped = DistributedDataParallel(network)
+        ssl_fast.convert_sync_batchnorm(network)
+    optimizer = LARS(parameter_groups(network, 1e-6), lr=0.5, eta=0.05)
+    losses = []
+    for k in range(20):
+        whole = Batch.whole(sum(counts) + 100 * k)
+        whole.x1, whole.x2 = whole.x1[: sum(counts)], whole.x2[: sum(counts)]
+        batch = whole if rank is None else whole.of(counts, rank)
+        loss = wrapped(batch.x1, batch.x2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def encoder() -> nn.Module:
+    return nn.Sequential(nn.Linear(D, 12), nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 12))
+
+
+CURVES: dict[str, Callable[[], nn.Module]] = {
+    "SimCLR": lambda: ssl_fast.SimCLR(encoder(), 12, 8, temperature=0.2),
+    "Barlow Twins by columns": lambda: ssl_fast.BarlowTwins(encoder(), 12, 16, 0.02),
+    "Barlow Twins by rows": lambda: ssl_fast.BarlowTwins(encoder(), 12, 64, 0.02),
+}
+
+
 # ---- in the processes
 
 
@@ -254,6 +288,7 @@ def worker(rank: int, world: int, folder: Path) -> None:
         results["dtypes"] = {key: of_dtype(*key, rank) for key in DTYPE_CASES}
         results["others"] = others(rank, world)
     if world == 2:
+        results["curves"] = {name: curve(build, (8, 8), rank) for name, build in CURVES.items()}
         results["silent"] = silent(rank, world, timed, mortal)
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(results))
     if world == 2:
@@ -383,6 +418,16 @@ def test_gradients_are_those_of_one_process(processes, name):
             for r in ranks:
                 check(f"{what}: encoder", r["encoder"], truth["encoder"])
                 check(f"{what}: temperature", r["temperature"], truth["temperature"])
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_two_processes_with_half_the_batch_give_the_curve_of_one(processes, name):
+    if len(processes) != 2:
+        pytest.skip("of two processes")
+    one = curve(CURVES[name], (8, 8), None)
+    two = torch.stack([found["curves"][name] for found in processes]).mean(0)
+    assert one[-1] < one[0]
+    torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("name", "dtype", "strategy"), DTYPE_CASES)

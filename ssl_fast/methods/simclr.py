@@ -15,7 +15,8 @@ class SimCLR(nn.Module):
     """Two views of each image through the encoder f and the projection head g, and NT-Xent between them.
 
     h = f(x) is what a downstream task uses; z = g(h) exists for the loss alone. Both views pass f and g as one batch
-    of 2N, so that batch norm sees them together, and the loss never holds the 2N x 2N similarities.
+    of 2N, so that batch norm sees them together, and the loss never holds the 2N x 2N similarities. Over several
+    processes the images of all are negatives.
 
     Args:
         encoder: maps images (N, C, H, W) to h (N, features).
@@ -47,7 +48,7 @@ class SimCLR(nn.Module):
             raise ValueError(f"dim: got {dim!r}, allowed: a whole number >= 1, such as 128")
         self.encoder = encoder
         self.head = projection_head(head, features, dim)
-        self.loss = NTXentLoss(temperature) if loss is None else loss
+        self.loss = NTXentLoss(temperature, gather_distributed=True) if loss is None else loss
 
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
         """The loss, a scalar, of two views (N, C, H, W) of the same N images."""

@@ -286,8 +286,10 @@ class NTXentLoss(nn.Module):
         super().__init__()
         self.memory_bank = None
         if isinstance(memory_bank_size, Sequence) and len(memory_bank_size) == 2:
-            gathered = {"gather_distributed": gather_distributed, "group": options.get("group")}
-            self.memory_bank = KeyQueue(*memory_bank_size, normalize=normalize, **gathered)
+            size, dim = memory_bank_size
+            self.memory_bank = KeyQueue(
+                size, dim, normalize=normalize, gather_distributed=gather_distributed, group=options.get("group")
+            )
         elif memory_bank_size != 0:
             raise ValueError(
                 f"memory_bank_size: got {memory_bank_size!r}, allowed: 0 (the other images are the negatives), or "
