@@ -33,8 +33,9 @@ from ssl_fast.sync_batch_norm import sync_batch_norm
 
 
 def _pieces(count: int, width: int) -> Iterator[slice]:
-    """Parts of `count` rows of a matrix so wide: tiles of at most 2^22 numbers, but no sliver of a product."""
-    size = min(1024, max(128, (1 << 22) // width))
+    """Parts of `count` rows of a matrix so wide: tiles of at most 2^22 numbers, but no sliver of a product; four of
+    them, so that a symmetric matrix has something to spare."""
+    size = max(128, min(1024, count // 4, (1 << 22) // width))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
