@@ -299,6 +299,15 @@ class Team:
             warnings.simplefilter("ignore", FutureWarning)
             return nn.parallel.DistributedDataParallel(network, devices, broadcast_buffers=False)
 
+    @torch.no_grad()
+    def average_gradients(self, network: nn.Module) -> None:
+        """As `wrap` does, after a step whose forward did not pass through it."""
+        if self.world > 1:
+            gradients = [p.grad for p in network.parameters() if p.grad is not None]
+            flat = self.mean(torch.cat([g.flatten() for g in gradients]))
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
     def mean(self, x: Tensor) -> Tensor:
         x = x.detach().clone()
         if self.world > 1:

@@ -98,7 +98,7 @@ def train(
             have the same keys.
         micro_batch: images of a view that the encoder holds activations of at once, while the loss sees the whole batch
             (`ssl_fast.CachedStep`): a second forward pass for the memory of a small batch. "auto" finds the largest
-            that fits. With batch norm, statistics are those of a micro-batch. None is the plain step, both views at
+            that fits, in a run of one process. With batch norm, statistics are those of a micro-batch. None is the plain step, both views at
             once.
         memory: the budget of "auto", such as "20GiB"; default what is free.
         checkpoint_stages: keep the activations between the stages of the encoder alone, and compute the others again in
@@ -171,11 +171,6 @@ def train(
                 f"micro_batch: got {micro_batch!r} with method {method!r}, allowed: with simclr alone; MoCo's "
                 "negatives come from its queue, so lower batch_size and leave K"
             )
-        if team.world > 1:
-            raise ValueError(
-                f"micro_batch: got {micro_batch!r} on {team.world} processes, allowed: on one; each process sees its "
-                "share of batch_size at once, so start more of them"
-            )
         states = 0 if run.saved else {"adamw": 2}.get(optimizer, 1)  # tensors that the optimizer will hold of each
         reserve = states * sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
         cached = CachedStep(micro_batch, memory, reserve=reserve)
@@ -228,7 +223,9 @@ def train(
                 optim.zero_grad(set_to_none=True)
                 with torch.autocast(chosen.type, torch.bfloat16, enabled=precision == "bf16"):
                     loss = network.cached(view1, view2, cached) if cached else model_of_all(view1, view2)
-                if not cached:
+                if cached:
+                    team.average_gradients(network)
+                else:
                     loss.backward()
                 optim.step()
                 step += 1

@@ -28,10 +28,18 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2))
 
 
+def rows() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.LayerNorm(32), nn.ReLU())
+
+
 def worker(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     train(folder / "simclr", model=model(), epochs=1, **QUICK)
+    alone = {**QUICK, "epochs": 2, "head": "linear", "knn_every": 0}  # of rows, each by itself
+    for name, micro_batch in (("batch", None), ("parts", 40)):
+        train(folder / name, model=rows(), micro_batch=micro_batch, **alone)
     settings = {**QUICK, **MOCO, "keep_every": 1, "epochs": 2, "knn_every": 0}
     assert train(folder / "moco", model=model(), **settings)["step"] == 6
     assert dist.is_initialized()  # the group is not train's to take down
@@ -62,6 +70,8 @@ def test_four_processes_train_as_one_run_and_resume(tmp_path):
         assert read_checkpoint(tmp_path / name / "checkpoints/last.pt")["step"] == steps
         assert len(list((tmp_path / name).glob("events*"))) <= 1
     assert losses(tmp_path / "whole") == losses(tmp_path / "moco")
+    batch, parts = (losses(tmp_path / name) for name in ("batch", "parts"))
+    assert len(parts) == 6 and [loss for _, loss in parts] == pytest.approx([loss for _, loss in batch], rel=1e-5)
     with pytest.raises(ValueError, match="the run was on 4 processes, now on 1"):
         train(tmp_path / "simclr", model=model(), epochs=1, resume=True, **QUICK)
 
