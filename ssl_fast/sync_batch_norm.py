@@ -278,6 +278,8 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
 
     Example:
         >>> model = DistributedDataParallel(convert_sync_batchnorm(model).cuda(), [rank])
+        >>> model = DistributedDataParallel(model)  # on CPUs, where it refuses what is converted already
+        >>> convert_sync_batchnorm(model.module)
     """
     norms = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for name, norm in norms:
