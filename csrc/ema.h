@@ -82,10 +82,11 @@ struct Noise {
   C10_HOST_DEVICE Noise(int64_t seed, int64_t tensor)
       : key(mix(mix(mix(static_cast<uint32_t>(seed >> 32)) + static_cast<uint32_t>(seed)) +
                 static_cast<uint32_t>(tensor) + kFirst)) {}
-  C10_HOST_DEVICE uint32_t draw(int64_t pair) const { return mix(static_cast<uint32_t>(pair) ^ key); }
-  // Of element even + i, where compilers see that two of them share a draw.
-  C10_HOST_DEVICE uint32_t operator()(int64_t even, int i) const { return draw(even / 2 + i / 2) >> i % 2 * 16 & 0xffff; }
-  C10_HOST_DEVICE uint32_t operator()(int64_t i) const { return (*this)(i & ~int64_t{1}, static_cast<int>(i & 1)); }
+  // Of element 2 draw + i, where compilers see that two of them share a draw.
+  C10_HOST_DEVICE uint32_t operator()(uint32_t draw, int i) const {
+    return mix((draw + i / 2) ^ key) >> i % 2 * 16 & 0xffff;
+  }
+  C10_HOST_DEVICE uint32_t operator()(int64_t i) const { return (*this)(static_cast<uint32_t>(i >> 1), i & 1); }
 };
 
 template <class To, class From>
@@ -186,7 +187,8 @@ struct Chunk {
   const S* source;
   uint16_t* copy;
   bool half_copy;
-  int64_t begin, size;
+  uint32_t draw;  // of the first element and the second
+  int64_t size;
   Lerp<Math> lerp;
   Noise noise;
 
@@ -195,18 +197,18 @@ struct Chunk {
         source(static_cast<const S*>(pair.source) + first),
         copy(pair.copy == nullptr ? nullptr : pair.copy + first),
         half_copy(pair.copy_type == kHalf),
-        begin(first),
+        draw(static_cast<uint32_t>(first >> 1)),
         size(elements),
         lerp(weights.lerp<Math>()),
         noise(random) {}
 
-  // Of element even + i of the chunk.
-  C10_HOST_DEVICE T updated(T to, S from, int64_t even, int i) const {
+  // Of element 2 pair + i of the chunk.
+  C10_HOST_DEVICE T updated(T to, S from, uint32_t pair, int i) const {
     if constexpr (std::is_same_v<T, uint8_t>) {
       return from;
     } else {
       const Math value = lerp(static_cast<Math>(to), static_cast<Math>(from));
-      if constexpr (kStochastic) return static_cast<T>(stochastic<T>(static_cast<float>(value), noise(begin + even, i)));
+      if constexpr (kStochastic) return static_cast<T>(stochastic<T>(static_cast<float>(value), noise(draw + pair, i)));
       return static_cast<T>(value);
     }
   }
@@ -231,7 +233,7 @@ struct Chunk {
         }
         for (int i = 0; i < kPacks; ++i) {
           for (int j = 0; j < N; ++j)
-            to[i].x[j] = updated(to[i].x[j], from[i].x[j], (thread + i * kThreads) * int64_t{N}, j);
+            to[i].x[j] = updated(to[i].x[j], from[i].x[j], (thread + i * kThreads) * N / 2, j);
           t[i * kThreads] = to[i];
           if constexpr (kCopies) {
             if (copy == nullptr) continue;
@@ -245,7 +247,7 @@ struct Chunk {
     }
     // The end of a tensor, a view that starts off the 16-byte grid, or fp64.
     for (int64_t i = thread; i < size; i += kThreads) {
-      target[i] = updated(target[i], source[i], i & ~int64_t{1}, static_cast<int>(i & 1));
+      target[i] = updated(target[i], source[i], static_cast<uint32_t>(i >> 1), i & 1);
       if constexpr (kCopies) {
         if (copy != nullptr) copy[i] = copied(target[i]);
       }
