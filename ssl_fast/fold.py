@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
-from ssl_fast.accelerate import FUNCTIONS, _Subclass, hooked, norm_act
+from ssl_fast.accelerate import ADDITIONS, FUNCTIONAL, FUNCTIONS, _Subclass, hooked, norm_act
 from ssl_fast.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from ssl_fast.ops.conv_bn import FLOATING, fold_
 from ssl_fast.ops.ema import _registered
@@ -311,22 +312,32 @@ def _first_line(error: Exception) -> str:
 
 
 def _traces(module: nn.Module, watched: set[nn.Module]) -> tuple[list[fx.Graph], dict[str, str | None]] | str:
-    """The calls in a module's forward, with its optional arguments left out and, where that is possible, given."""
+    """The calls in a module's forward, with its optional arguments left out, and given; or why they are not known."""
     graphs: list[fx.Graph] = []
     opaque: dict[str, str | None] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of defaults that a graph would not check
         try:
-            parameters = inspect.signature(module.forward).parameters.values()
-            optional = {p.name: p.default for p in parameters if p.default is not p.empty}
-            for given in [optional, {}] if optional else [{}]:
+            for bound in _bindings(module.forward):
                 tracer = _Tracer(watched)
-                graphs.append(tracer.trace(module, given or None))
+                graphs.append(tracer.trace(module, bound or None))
                 opaque |= tracer.opaque
         except Exception as error:
-            if not graphs:
-                return _first_line(error)
+            return ("with its optional arguments given, " if graphs else "") + _first_line(error)
     return graphs, opaque
+
+
+def _bindings(forward: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+    """Optional arguments with the values to trace a forward with: all left out; flags either way, the others given."""
+    parameters = inspect.signature(forward).parameters.values()
+    optional = {p.name: p.default for p in parameters if p.default is not p.empty}
+    yield optional
+    flags = [name for name, default in optional.items() if isinstance(default, bool)]
+    if len(flags) > 4:
+        raise ValueError(f"its forward has {len(flags)} flags, more than are tried both ways")
+    if optional:
+        for values in itertools.product((False, True), repeat=len(flags)):
+            yield dict(zip(flags, values, strict=True))
 
 
 @dataclass
@@ -338,28 +349,60 @@ class _Region:
     graphs: list[fx.Graph]
 
     def remains(self, model: nn.Module, watched: set[nn.Module]) -> bool:
-        """Whether this part of a folded model makes the same calls."""
+        """Whether this part of a folded model does the same."""
         traces = _traces(model.get_submodule(self.path), watched)
-        return not isinstance(traces, str) and _targets(traces[0]) == _targets(self.graphs)
+        return not isinstance(traces, str) and list(map(_computes, traces[0])) == list(map(_computes, self.graphs))
 
 
-def _targets(graphs: list[fx.Graph]) -> list[Counter[str]]:
-    """How often each module is called; accelerate's forwards may choose another order where a norm is not theirs."""
-    found = []
-    for graph in graphs:
-        nodes = [n for n in graph.nodes if n.op == "call_module"]
-        nodes += [a for n in graph.nodes if n.target is norm_act for a in n.args[1:3] if isinstance(a, fx.Node)]
-        found.append(Counter(str(node.target) for node in nodes))
+def _computes(graph: fx.Graph) -> Counter[str]:
+    """All that a graph computes, each value named by what it comes from. accelerate's forwards may choose another order,
+    or norm, sum and activation one by one, where a norm is not theirs."""
+    found: Counter[str] = Counter()
+    names: dict[fx.Node, str] = {}
+
+    def value(*parts: Any) -> str:
+        name = f"%{hash(repr(parts)):x}"
+        found[name] += 1
+        return name
+
+    for node in graph.nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
+        function = node.target if node.op in ("call_function", "call_method") else None
+        if node.op == "get_attr":
+            names[node] = str(node.target)
+        elif node.target is norm_act:
+            x, norm, act, residual, _ = args
+            x = value(norm, x)
+            x = x if residual is None else value("+", *sorted((x, residual)))
+            names[node] = value(act if isinstance(node.args[2], fx.Node) else f"{act}()", x)
+        elif node.op == "call_module" and len(args) == 1 and not kwargs:
+            names[node] = value(node.target, *args)
+        elif function in FUNCTIONAL and len(args) == 1 and not set(kwargs) - {"inplace"}:
+            names[node] = value(f"{FUNCTIONAL[function]}()", *args)
+        elif function in ADDITIONS and not kwargs:
+            names[node] = value("+", *sorted(map(str, args)))
+        else:
+            names[node] = value(node.op, node.target, args, kwargs)
     return found
 
 
+class _ChangedError(Exception):
+    """A region of a folded model does not do what it did."""
+
+    def __init__(self, region: _Region) -> None:
+        name = type(region.module).__name__
+        super().__init__(
+            f"the forward of {name} looks at what its modules are, or has them elsewhere than as submodules"
+        )
+        self.region = region
+
+
 def _shell(model: nn.Module) -> tuple[nn.Module, set[nn.Module]]:
-    """A copy of a model's containers, in eval mode and without hooks, around its own layers, norms and tensors; and
-    the containers that have hooks. A forward that does more than call leaves nothing behind in the model."""
-    kept: list[Any] = [*model.parameters(), *model.buffers(), *(m for m in model.modules() if _leaf(m))]
-    kept += [value for m in model.modules() for value in vars(m).values() if isinstance(value, Tensor)]
-    kept = [thing for thing in kept if thing is not model]
-    shell = copy.deepcopy(model, {id(thing): thing for thing in kept})
+    """A copy of a model's containers and their buffers, in eval mode and without hooks, around its own layers, norms
+    and parameters; and the containers that have hooks. A forward that does more than call leaves nothing in the model.
+    """
+    kept: list[Any] = [*model.parameters(), *(m for m in model.modules() if _leaf(m) and m is not model)]
+    shell = copy.deepcopy(model, {id(thing): thing for thing in kept} | _computed(model))
     watched = set()
     for module in shell.modules():
         if not _leaf(module):
@@ -370,6 +413,12 @@ def _shell(model: nn.Module) -> tuple[nn.Module, set[nn.Module]]:
                 hooks.clear()
             module.training = False
     return shell, watched
+
+
+def _computed(model: nn.Module) -> dict[int, Any]:
+    """A memo for copies of a model: what an old weight_norm computed, which deepcopy refuses."""
+    values = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return {id(value): value.detach().clone() for value in values if not value.is_leaf}
 
 
 def _regions(shell: nn.Module, watched: set[nn.Module]) -> tuple[list[_Region], dict[str, str]]:
@@ -721,6 +770,7 @@ def verify(model: nn.Module, folded: nn.Module, example_inputs: Any) -> float:
         example_inputs: a tensor, a tuple or list of positional arguments, or a dict of those by name.
 
     Raises:
+        TypeError: where no tensor is found in the model's outputs.
         ValueError: where the outputs differ in number or shape.
 
     Example:
@@ -730,6 +780,11 @@ def verify(model: nn.Module, folded: nn.Module, example_inputs: Any) -> float:
 
 
 def _largest(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    if not before:
+        raise TypeError(
+            "model: its outputs hold no tensor that can be compared, allowed: tensors, in tuples, lists, dicts or "
+            "classes known to torch.utils._pytree; return one of these"
+        )
     shapes = [[tuple(t.shape) for t in outputs] for outputs in (before, after)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"folded: got outputs of shapes {shapes[1]}, allowed: those of the model, {shapes[0]}")
@@ -757,7 +812,8 @@ def fold_conv_bn(
         .refresh(): brings its weights up to date with the model's; see there. Cheap enough for each evaluation.
         .unfold(): the original.
         .verify(example_inputs): the largest error, see `verify`.
-    Copies of it do too. The forward's calls are those with the optional arguments left out, or given.
+    Copies of it do too. What the forward calls is known with its optional arguments left out, and given, flags either
+    way; where others decide what it calls, it counts as one that torch.fx cannot trace.
 
     Equivalent to: the model in eval mode, up to rounding.
 
@@ -798,7 +854,7 @@ def fold_conv_bn(
     calls = _calls(regions)
     if example_inputs is not None:
         try:
-            outputs, ranks, outside = _observed(shell, regions, calls, example_inputs)
+            outputs, ranks, outside = _observed(_shell(model)[0], regions, calls, example_inputs)
         except Exception as error:
             raise ValueError(
                 f"example_inputs: the model does not run on them: {_first_line(error)}; pass a tensor, a tuple of what "
@@ -824,8 +880,14 @@ def fold_conv_bn(
                 elif ranks.get(norm, {_rank(layer)}) != {_rank(layer)}:
                     reasons[norm] = f"its input has {sorted(ranks[norm])} dimensions, not {_rank(layer)}"
     reasons = calls.reasons | reasons
-    plan = _fold(calls, reasons, names)
-    return _assembled(model, plan, inplace, names, norms, reasons, regions, example_inputs, outputs)
+    while True:
+        plan = _fold(calls, reasons, names)
+        try:
+            return _assembled(model, plan, inplace, names, norms, reasons, regions, example_inputs, outputs)
+        except _ChangedError as error:
+            planned = [norm for *_, norm in plan.pairs]
+            inside = [norm for norm in planned if calls.region[norm] is error.region]
+            reasons |= dict.fromkeys(inside or planned, str(error))
 
 
 def _check(model: nn.Module, allow_training: bool) -> None:
@@ -858,24 +920,25 @@ def _observed(
     from outside of the part of the model that was traced."""
     ranks: dict[nn.Module, set[int]] = {}
     outside: set[nn.Module] = set()
-    active: dict[nn.Module, int] = {region.module: 0 for region in regions}
+    at = {shell.get_submodule(region.path): region.path for region in regions}
+    active = dict.fromkeys(at.values(), 0)
     handles = []
 
     def entering(module: nn.Module, args: Any) -> None:
-        if module in active:
-            active[module] += 1
-        if module in calls.region and not active[calls.region[module].module]:
+        if module in at:
+            active[at[module]] += 1
+        if module in calls.region and not active[calls.region[module].path]:
             outside.add(module)
         if _known_norm(module) and args and isinstance(args[0], Tensor):
             ranks.setdefault(module, set()).add(args[0].dim())
 
     def leaving(module: nn.Module, args: Any, output: Any) -> None:
-        active[module] -= 1
+        active[at[module]] -= 1
 
     try:
-        for module in {*active, *calls.region}:
+        for module in {*at, *calls.region}:
             handles.append(module.register_forward_pre_hook(entering))
-            if module in active:
+            if module in at:
                 handles.append(module.register_forward_hook(leaving))
         outputs = _outputs(shell, example_inputs)
     finally:
@@ -929,12 +992,7 @@ def _assembled(
         for path, name, module in replaced:
             model.get_submodule(path)._modules[name] = plan.replace[module]
     else:
-        memo: dict[int, Any] = {id(module): new for module, new in plan.replace.items()}
-        for module in model.modules():
-            for value in vars(module).values():  # what an old weight_norm computed cannot be copied
-                if isinstance(value, Tensor) and not value.is_leaf:
-                    memo[id(value)] = value.detach().clone()
-        folded = copy.deepcopy(model, memo)
+        folded = copy.deepcopy(model, {id(module): new for module, new in plan.replace.items()} | _computed(model))
         for parameter in folded.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -942,13 +1000,11 @@ def _assembled(
         for module in folded.modules():
             module.training = False
         shell, watched = _shell(folded)
-        if not all(region.remains(shell, watched) for region in regions):
-            raise RuntimeError(
-                f"model: {type(model).__name__} reaches its layers by other ways than its submodules, so that they "
-                "cannot be replaced; fold its parts by themselves"
-            )
+        changed = (region for region in regions if not region.remains(shell, watched))
+        if plan.pairs and (region := next(changed, None)) is not None:
+            raise _ChangedError(region)
         if outputs is not None:
-            _compare(outputs, _outputs(folded, example_inputs))
+            _compare(outputs, _outputs(_shell(folded)[0], example_inputs))
     except BaseException:
         for path, name, module in replaced:
             model.get_submodule(path)._modules[name] = module
@@ -967,6 +1023,7 @@ def _assembled(
 
 
 def _compare(before: list[Tensor], after: list[Tensor]) -> None:
+    _largest(before, after)  # refuses other numbers and shapes
     for a, b in zip(before, after, strict=True):
         if not a.is_floating_point() or not a.numel() or not bool(a.isfinite().all()):
             continue

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -331,6 +332,12 @@ LEFT = {
         lambda m, x: (lambda y: m.norm(y, residual=y))(m.conv(x)), norm=ssl_fast.nn.BatchNorm2d(4)
     ),
     "not called in eval mode": pair(lambda m, x: m.conv(x)),
+    "looks at what its modules are": pair(
+        lambda m, x: m.norm(m.conv(x)) + (m.conv.bias is None), conv=nn.Conv2d(4, 4, 1, bias=False)
+    ),
+    "forward of Net looks": pair(
+        lambda m, x: (lambda y: y.relu() if isinstance(m.norm, NORMS) else y)(m.norm(m.conv(x)))
+    ),
 }
 
 
@@ -404,6 +411,29 @@ def test_a_model_that_cannot_be_traced_is_refused_or_folded_in_parts():
     check(inside, x, examples=True)
 
 
+@pytest.mark.parametrize("default, chosen", [(False, True), ("full", "raw"), (None, torch.rand(2, 1, 6, 6))])
+def test_what_an_optional_argument_decides_is_not_folded(default, chosen):
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+            self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x, option=default):
+            y = self.conv(self.block(x))
+            if default is None:
+                return self.norm(y if option is None else y * option)
+            return self.norm(y) if option == default else y
+
+    model, x = randomised(Optional()), torch.randn(2, 4, 6, 6)
+    if default == "full":
+        with pytest.raises(ValueError, match="with its optional arguments given, .*; pass example_inputs"):
+            fold_conv_bn(model)
+    folded = check(model, x, folds=1, examples=default == "full")
+    assert list(folded.fold_report.left) == ["norm"]
+    torch.testing.assert_close(folded(x, chosen), model(x, chosen))
+
+
 # ---- refusals
 
 
@@ -429,25 +459,54 @@ def test_bad_input_is_refused_and_changes_nothing():
         folded.train()
     with pytest.raises(ValueError, match="outputs of shapes"):
         verify(model, nn.Flatten(), torch.randn(2, 4, 6, 6))
+    unknown = randomised(pair(lambda m, x: SimpleNamespace(y=m.norm(m.conv(x)))))  # to torch.utils._pytree
+    with pytest.raises(TypeError, match="its outputs hold no tensor that can be compared"):
+        verify(unknown, unknown, torch.randn(2, 4, 6, 6))
+    with pytest.raises(TypeError, match="its outputs hold no tensor that can be compared"):
+        fold_conv_bn(unknown, torch.randn(2, 4, 6, 6))
 
 
-def test_a_failed_fold_in_place_leaves_the_model_whole():
-    class Listed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-            self.calls = [self.conv, self.norm]
+@pytest.mark.parametrize("inplace", (False, True))
+def test_a_forward_that_counts_its_calls_is_folded_without_one(inplace):
+    def forward(m, x):
+        m.n += 1
+        return m.norm(m.conv(x)) * m.n
 
-        def forward(self, x):
-            return self.calls[1](self.calls[0](x))
+    model, x = randomised(pair(forward)), torch.randn(2, 4, 6, 6)
+    model.register_buffer("n", torch.zeros(()))
+    folded = fold_conv_bn(model, x, inplace=inplace)
+    assert len(folded.fold_report.folded) == 1 and folded.n == model.n == 0
 
-    model = randomised(Listed())
-    modules, versions = list(model.modules()), [t._version for t in model.state_dict().values()]
-    with pytest.raises(RuntimeError, match="by other ways than its submodules"):
-        fold_conv_bn(model, inplace=True)
-    assert list(model.modules()) == modules and type(model) is Listed
-    assert [t._version for t in model.state_dict().values()] == versions
-    check(model, torch.randn(2, 4, 5, 5))  # a copy has a list of its own
+
+class Listed(nn.Module):
+    """What is called is no submodule's, or draws random numbers."""
+
+    def __init__(self, random=False):
+        super().__init__()
+        self.conv, self.norm, self.random = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), random
+        self.calls = [self.conv, self.norm]
+
+    def forward(self, x):
+        if self.random:
+            return self.norm(self.conv(x)) + torch.rand(())
+        return self.calls[1](self.calls[0](x))
+
+
+def test_a_fold_in_place_is_whole_or_none():
+    for model in (randomised(Listed()), randomised(Listed(random=True))):
+        x = torch.randn(2, 4, 5, 5)
+        modules, versions = list(model.modules()), [t._version for t in model.state_dict().values()]
+        if model.random:
+            with pytest.raises(RuntimeError, match="it draws random numbers in eval mode"):
+                fold_conv_bn(model, x, inplace=True)
+        else:
+            check(model, x)  # a copy has a list of its own
+            expected = model(x)
+            assert "elsewhere than as submodules" in fold_conv_bn(model, inplace=True).fold_report.left["norm"]
+            assert torch.equal(model(x), expected)
+            model.unfold()
+        assert list(model.modules()) == modules and type(model) is Listed
+        assert [t._version for t in model.state_dict().values()] == versions
 
 
 def test_in_place_and_back():
