@@ -99,8 +99,12 @@ def folded(encoder: nn.Module, data: ImageData, device: torch.device) -> nn.Modu
     Keep the result from evaluation to evaluation of a training run: then folding costs a copy of the weights.
     """
     if isinstance(encoder, _Folded):
-        encoder.refresh()
-        return encoder
+        try:
+            encoder.refresh()
+            return encoder
+        except RuntimeError as error:  # its source has changed its structure, for one
+            log.debug("the encoder is folded again: %s", error)
+            encoder = encoder.unfold()
     generator = torch.Generator().manual_seed(0)  # PyTorch's own goes on as without an evaluation
     images = torch.rand(2, data.channels, data.size, data.size, generator=generator).to(device)
     try:

@@ -8,6 +8,7 @@ activation for one, in that of the norm. A layer in front of several norms becom
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import warnings
@@ -22,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import _pytree as pytree
 
 from ssl_fast.accelerate import ADDITIONS, FUNCTIONAL, FUNCTIONS, _Subclass, hooked, norm_act
@@ -355,8 +357,8 @@ class _Region:
 
 
 def _computes(graph: fx.Graph) -> Counter[str]:
-    """All that a graph computes, each value named by what it comes from. accelerate's forwards may choose another order,
-    or norm, sum and activation one by one, where a norm is not theirs."""
+    """All that a graph computes, each value named by what it comes from. accelerate's forwards may choose another
+    order, or norm, sum and activation one by one, where a norm is not theirs."""
     found: Counter[str] = Counter()
     names: dict[fx.Node, str] = {}
 
@@ -594,26 +596,25 @@ class FoldReport:
     __repr__ = __str__
 
 
+@dataclass(eq=False)
 class _Origin:
     """Where a folded model comes from. Copies of the model come from there too; one that is pickled has forgotten."""
 
-    def __init__(
-        self,
-        source: nn.Module | None = None,
-        pairs: Sequence[tuple[str, nn.Module, nn.Module]] = (),
-        replaced: Sequence[tuple[str, str, nn.Module]] = (),
-        cls: type | None = None,
-    ) -> None:
-        self.source = source  # None for a model that was folded in place
-        self.pairs = list(pairs)  # the folded layer's name, the layer, the norm
-        self.replaced = list(replaced)  # in place: the parent's name, the child's, the module that stood there
-        self.cls = cls
-        self.table: Any = None
-        self.tensors_of_table: list[int] = []
-        self.seen: list[Any] = []  # the state of all tensors after the last fold
+    source: nn.Module | None = None  # None for a model that was folded in place
+    pairs: list[tuple[str, nn.Module, nn.Module]] = field(default_factory=list)  # the folded layer's name, layer, norm
+    structure: dict[str, nn.Module] = field(default_factory=dict)  # the source's modules
+    replaced: list[tuple[str, str, nn.Module]] = field(default_factory=list)  # in place: the parent's name, the child's
+    modes: dict[nn.Module, bool] = field(default_factory=dict)  # in place: which of the modules were in training mode
+    cls: type | None = None
+    table: Any = None
+    tensors_of_table: list[int] = field(default_factory=list)
+    seen: list[Any] = field(default_factory=list)  # the state after the last fold
 
     def __deepcopy__(self, memo: Any) -> _Origin:
-        return _Origin(self.source, self.pairs, self.replaced, self.cls)
+        if self.source is not None:
+            return _Origin(self.source, self.pairs, self.structure, cls=self.cls)
+        pairs, replaced, modes = copy.deepcopy((self.pairs, self.replaced, self.modes), memo)
+        return _Origin(None, pairs, {}, replaced, modes, self.cls)
 
     def __reduce__(self) -> Any:
         return _Origin, ()
@@ -623,8 +624,18 @@ class _Origin:
             return [self.source]
         return list(dict.fromkeys(module for _, *pair in self.pairs for module in pair))
 
-    def tensors(self) -> list[Tensor]:
-        return [t for module in self.modules() for t in _registered(module) if t is not None]
+    def tensors(self, folded: nn.Module) -> list[Tensor]:
+        """All of a folded model and of what it comes from."""
+        return [t for module in (folded, *self.modules()) for t in _registered(module) if t is not None]
+
+    def state(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Changes with any tensor and any eps. A tensor of inference mode counts no versions, and is never known to be
+        as before; a fused optimizer leaves versions as they are, but its steps count."""
+        return [
+            _optimizer_steps()[0],
+            *(norm.eps for *_, norm in self.pairs),
+            *((id(t), _address(t), object() if t.is_inference() else t._version) for t in tensors),
+        ]
 
 
 class _Folded(_Subclass):
@@ -637,20 +648,24 @@ class _Folded(_Subclass):
         """Bring the folded weights, and all others, up to date with the source model; True where there was need to.
 
         One parallel loop on a CPU, one launch on CUDA (Triton), at about the cost of a copy of the weights; nothing
-        where no tensor of the source has another version or address. What is written through `.data` has no version:
-        force=True. The result is that of a fresh fold, to the bit, in this model's dtypes.
+        where no tensor of the source has another version or address, and no optimizer took a step. What is written
+        through `.data` has no version: force=True. The result is that of a fresh fold, to the bit, in this model's
+        dtypes.
 
         Raises:
-            RuntimeError: for a model that was loaded from a file, or whose source has changed its structure.
+            RuntimeError: for a model that was loaded from a file, or whose source has other modules than it had; where
+                a folded weight leaves the range of float16. Then no weight is changed.
         """
         origin = self._known_origin("refresh")
-        tensors = self._tensors()
-        if not force and _state(tensors) == origin.seen:
+        if origin.source is not None and _structure(origin.source) != origin.structure:
+            raise RuntimeError("refresh: the source has other modules than when it was folded; fold it again")
+        tensors = origin.tensors(self)
+        if not force and origin.state(tensors) == origin.seen:
             return False
         ids = list(map(id, tensors))
         if origin.table is None or ids != origin.tensors_of_table:
             origin.table, origin.tensors_of_table = self._table(origin), ids
-        targets, layers, copies, norms, eps, groups = origin.table
+        targets, layers, copies, norms, groups, others = origin.table
         with torch.no_grad():
             values = [_value(layer, name) for name in ("weight", "bias") for layer in layers]
             sources = [*_present(values), *copies]
@@ -660,8 +675,18 @@ class _Folded(_Subclass):
                     f"refresh: got a source on {misplaced[0].device}, allowed: the device of the folded model, "
                     f"{targets[0].device}; move one to the other"
                 )
-            fold_(targets, sources, norms, eps, groups)
-        origin.seen = _state(tensors)
+            eps = [float(norm.eps) for *_, norm in origin.pairs]
+            ours = targets[: 2 * len(eps)]
+            written = list(map(torch.empty_like, targets)) if any(t.dtype == torch.float16 for t in ours) else targets
+            fold_(written, sources, norms, eps, groups)
+            if too_large := _beyond_float16(written[: 2 * len(eps)]):
+                name = origin.pairs[too_large[0] % len(eps)][0]
+                raise RuntimeError(f"refresh: the norm folded into {name!r} leaves the range of float16; fold it again")
+            if written is not targets:
+                torch._foreach_copy_(targets, written)
+            for target, source in others:
+                target.copy_(source)
+        origin.seen = origin.state(tensors)
         return True
 
     def unfold(self: Any) -> nn.Module:
@@ -675,6 +700,8 @@ class _Folded(_Subclass):
             return origin.source
         for parent, name, module in origin.replaced:
             self.get_submodule(parent)._modules[name] = module
+        for module, training in origin.modes.items():
+            module.training = training
         self.__class__ = origin.cls
         del self.__dict__["_origin"], self.__dict__["fold_report"]
         return self
@@ -706,18 +733,15 @@ class _Folded(_Subclass):
             raise RuntimeError(f"{method}: got a model from a file, which has no source; fold the source model again")
         return self._origin
 
-    def _tensors(self: Any) -> list[Tensor]:
-        """All of this model and of its source."""
-        return [t for t in (*_registered(self), *self._origin.tensors()) if t is not None]
-
     def _table(self: Any, origin: _Origin) -> tuple[Any, ...]:
-        """What the operator takes, apart from the values of layers."""
+        """What the operator takes, apart from the values of layers; and the sparse tensors, which it does not."""
         folded = [self.get_submodule(name) for name, *_ in origin.pairs]
         targets = [*(layer.weight for layer in folded), *(layer.bias for layer in folded)]
         layers, found = [layer for _, layer, _ in origin.pairs], [norm for *_, norm in origin.pairs]
-        own, copies = set(map(id, targets)), []
+        own, copies, others = set(map(id, targets)), [], []
         if origin.source is not None:
-            theirs = {**dict(origin.source.named_parameters()), **dict(origin.source.named_buffers())}
+            theirs: dict[str, Tensor] = dict(origin.source.named_parameters(remove_duplicate=False))
+            theirs |= dict(origin.source.named_buffers(remove_duplicate=False))
             for name, tensor in (*self.named_parameters(), *self.named_buffers()):
                 if id(tensor) in own:
                     continue
@@ -725,14 +749,41 @@ class _Folded(_Subclass):
                     raise RuntimeError(
                         f"refresh: the source has no {name!r} of shape {tuple(tensor.shape)} any more; fold it again"
                     )
+                if tensor.layout is not torch.strided:
+                    others.append((tensor, theirs[name]))
+                    continue
                 targets.append(tensor)
                 copies.append(theirs[name])
-        return targets, layers, copies, *_of_norms(layers, found)
+        return targets, layers, copies, *_of_norms(layers, found), others
 
 
-def _state(tensors: Sequence[Tensor]) -> list[Any]:
-    """Changes with any tensor. One of inference mode counts no versions, and is never known to be as before."""
-    return [(id(t), t.data_ptr(), object() if t.is_inference() else t._version) for t in tensors]
+@functools.cache
+def _optimizer_steps() -> list[int]:
+    """How many steps all optimizers have taken since the first fold."""
+    steps = [0]
+
+    def count(*_: Any) -> None:
+        steps[0] += 1
+
+    register_optimizer_step_post_hook(count)
+    return steps
+
+
+def _structure(model: nn.Module) -> dict[str, nn.Module]:
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout is torch.strided else 0
+
+
+def _beyond_float16(tensors: Sequence[Tensor]) -> list[int]:
+    """Which tensors of float16 hold what is out of its range."""
+    half = [i for i, t in enumerate(tensors) if t.dtype == torch.float16 and t.numel()]
+    if not half:
+        return []
+    largest = torch.stack(torch._foreach_norm([tensors[i] for i in half], float("inf")))
+    return [i for i, finite in zip(half, largest.isfinite().tolist(), strict=True) if not finite]
 
 
 def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
@@ -741,13 +792,9 @@ def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
     return [t if t is not None else absent for t in values]  # type: ignore[misc]
 
 
-def _of_norms(layers: Sequence[Any], norms: Sequence[Any]) -> tuple[list[Tensor], list[float], list[int]]:
+def _of_norms(layers: Sequence[Any], norms: Sequence[Any]) -> tuple[list[Tensor], list[int]]:
     vectors = [t for norm in norms for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)]
-    return (
-        _present(vectors),
-        [float(norm.eps) for norm in norms],
-        [layer.groups if isinstance(layer, TRANSPOSED) else 0 for layer in layers],
-    )
+    return _present(vectors), [layer.groups if isinstance(layer, TRANSPOSED) else 0 for layer in layers]
 
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
@@ -952,23 +999,18 @@ def _observed(
 
 @torch.no_grad()
 def _fold(calls: _Calls, reasons: dict[nn.Module, str], names: dict[nn.Module, str]) -> _Plan:
-    """Plan, and write the folded weights; a pair that leaves the range of a 16-bit dtype is left."""
+    """Plan, and write the folded weights; a pair that leaves the range of float16 is left."""
     while True:
         plan = _planned(calls, reasons, names)
         folded, layers, norms = (list(t) for t in zip(*plan.pairs, strict=True)) if plan.pairs else ([], [], [])
         targets = [*(layer.weight for layer in folded), *(layer.bias for layer in folded)]
-        vectors, eps, groups = _of_norms(layers, norms)
+        vectors, groups = _of_norms(layers, norms)
         values = [_value(layer, name) for name in ("weight", "bias") for layer in layers]
-        fold_(targets, _present(values), vectors, eps, groups)
-        overflowed = {
-            norm: f"folded it leaves the range of {layer.weight.dtype}"
-            for layer, _, norm in plan.pairs
-            for t in (layer.weight, layer.bias)
-            if t.dtype.itemsize == 2 and not bool(t.isfinite().all())
-        }
-        if not overflowed:
+        fold_(targets, _present(values), vectors, [float(norm.eps) for norm in norms], groups)
+        too_large = _beyond_float16(targets)
+        if not too_large:
             return plan
-        reasons |= overflowed
+        reasons |= {norms[i % len(norms)]: "folded it leaves the range of torch.float16" for i in too_large}
 
 
 def _assembled(
@@ -1005,20 +1047,22 @@ def _assembled(
             raise _ChangedError(region)
         if outputs is not None:
             _compare(outputs, _outputs(_shell(folded)[0], example_inputs))
+        new_names = {module: name for name, module in folded.named_modules()}
+        pairs = [(new_names[layer], source, norm) for layer, source, norm in plan.pairs]
+        in_place = {"replaced": replaced, "modes": modes} if inplace else {"structure": _structure(model)}
+        origin = _Origin(None if inplace else model, pairs, cls=type(folded), **in_place)
+        origin.seen = origin.state(origin.tensors(folded))
     except BaseException:
         for path, name, module in replaced:
             model.get_submodule(path)._modules[name] = module
         for module, training in modes.items():
             module.training = training
         raise
-    new_names = {module: name for name, module in folded.named_modules()}
-    pairs = [(new_names[layer], source, norm) for layer, source, norm in plan.pairs]
     cls: Any = type(folded)
     parts = getattr(cls, "_parts", (cls,))
     folded.fold_report = report  # type: ignore[assignment]
-    folded._origin = _Origin(None if inplace else model, pairs, replaced, cls)  # type: ignore[assignment]
+    folded._origin = origin  # type: ignore[assignment]
     folded.__class__ = type(f"Folded{parts[0].__name__}", (_Folded, cls), {"_parts": (*parts, _Folded)})
-    folded._origin.seen = _state(folded._tensors())  # type: ignore[operator, union-attr]
     return folded
 
 

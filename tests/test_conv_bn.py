@@ -288,6 +288,58 @@ def test_a_fold_is_not_stale_when_the_weights_change():
     assert folded.verify(x) < 1e-5 * model(x).abs().max()
 
 
+@pytest.mark.parametrize("optimizer", (torch.optim.SGD, torch.optim.AdamW))
+def test_a_fused_optimizer_which_counts_no_versions_is_noticed(optimizer):
+    model, x = randomised(Shared()), torch.randn(2, 4, 6, 6)
+    folded = fold_conv_bn(model)
+    model(x).sum().backward()
+    optimizer(model.parameters(), lr=0.1, fused=True).step()
+    assert folded.refresh() and not folded.refresh() and folded.verify(x) < 1e-4 * model(x).abs().max()
+
+
+def test_tied_weights_and_eps_and_sparse_buffers_are_brought_up_to_date():
+    model, x = build(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)), torch.randn(2, 4, 6, 6)
+    model[3].weight = model[0].weight
+    model.register_buffer("adjacent", torch.eye(3).to_sparse())
+    folded = fold_conv_bn(model)
+    assert not folded.refresh()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+        model.adjacent.mul_(2)
+    assert folded.refresh() and folded.verify(x) < 1e-5 * model(x).abs().max()
+    assert torch.equal(folded.adjacent.to_dense(), 2 * torch.eye(3))
+    model[1].eps = 1.0
+    assert folded.refresh() and folded.verify(x) < 1e-5 * model(x).abs().max()
+    assert fold_conv_bn(model, inplace=True).unfold() is model
+
+
+@pytest.mark.parametrize("index", (0, 1, 2))
+def test_a_source_with_another_module_is_to_be_folded_again(index):
+    model = build(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    folded = fold_conv_bn(model)
+    model[index] = (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.GELU())[index].eval()
+    for force in (False, True):
+        with pytest.raises(RuntimeError, match="the source has other modules than when it was folded; fold it again"):
+            folded.refresh(force=force)
+    assert not left(fold_conv_bn(folded.unfold()))
+
+
+def test_a_refresh_that_would_overflow_changes_nothing():
+    model = build(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)).half()
+    folded = fold_conv_bn(model)
+    before = copy.deepcopy(folded.state_dict())
+    with torch.no_grad():
+        model[1].running_var.zero_()
+        model[0].weight.fill_(1e4)
+        model[2].weight.zero_()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the norm folded into '0' leaves the range of float16"):
+            folded.refresh()
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), folded.state_dict().values(), strict=True))
+    model[1].running_var.fill_(1)
+    assert folded.refresh() and torch.equal(folded[0].weight, fold_conv_bn(model)[0].weight)
+
+
 # ---- what is left, and why
 
 
@@ -521,6 +573,19 @@ def test_in_place_and_back():
     assert model.unfold() is model and type(model) is before and list(model.modules()) == modules
     assert not hasattr(model, "fold_report")
     assert fold_conv_bn(model).unfold() is model
+    model.train()
+    model.relu.eval()
+    modes = [m.training for m in model.modules()]
+    assert [m.training for m in fold_conv_bn(model, inplace=True, allow_training=True).unfold().modules()] == modes
+
+
+def test_a_copy_of_a_model_folded_in_place_has_modules_of_its_own():
+    model, x = randomised(Shared()), torch.randn(2, 4, 6, 6)
+    conv, expected = model.conv, model(x)
+    twin = copy.deepcopy(fold_conv_bn(model, inplace=True)).half()
+    assert conv.weight.dtype == torch.float32 and twin.refresh() and twin.norms[0].weight.dtype == torch.float16
+    assert twin.unfold().conv is not model.unfold().conv is conv and twin.norms[0].weight.dtype == torch.float16
+    assert torch.equal(model(x), expected) and error(twin.float()(x), expected) < 1e-2
 
 
 # ---- the folded model as a module

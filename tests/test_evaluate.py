@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from ssl_fast.data import load_data
-from ssl_fast.evaluate import embedding_std, encode, evaluate, knn_accuracy, knn_k, linear_probe
+from ssl_fast.evaluate import embedding_std, encode, evaluate, folded, knn_accuracy, knn_k, linear_probe
 from ssl_fast.train import train
 
 CPU = torch.device("cpu")
@@ -80,6 +80,25 @@ def test_encode_leaves_every_module_in_its_mode():
     assert h.shape == (360, 64) and torch.equal(labels, split.labels)
     assert encoder.training and encoder[2].training and not encoder[1].training
     torch.testing.assert_close(h, encode(encoder, split, 8, CPU, batch_size=360)[0])
+
+
+def test_evaluation_runs_folded_and_goes_on_where_a_fold_cannot_be_refreshed(tmp_path, monkeypatch):
+    encoder = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+    runs = []
+    monkeypatch.setattr(
+        "ssl_fast.evaluate.encode", lambda model, *args, **kw: runs.append(model) or encode(model, *args, **kw)
+    )
+    train(tmp_path, "digits", model=encoder, epochs=2, batch_size=700, knn_every=1)
+    evaluate(tmp_path, protocol="knn", model=encoder)
+    assert len(runs) == 8 and all(list(model.fold_report.folded) == ["1"] for model in runs)
+    assert len(set(runs[:6])) == 1  # folded once, then refreshed
+    data = load_data("digits")
+    encoder[2] = nn.GELU()
+    again = folded(folded(encoder, data, CPU), data, CPU)
+    encoder[2] = nn.ReLU()
+    new = folded(again, data, CPU)
+    assert again.unfold() is new.unfold() is encoder and new is not again and type(new[2]) is nn.ReLU
+    assert folded(nn.Flatten(), data, CPU).fold_report.summary == "fold_conv_bn: 0 norms folded, 0 left"
 
 
 @pytest.fixture(scope="module")
