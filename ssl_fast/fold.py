@@ -682,6 +682,7 @@ class _Folded(_Subclass):
             if too_large := _beyond_float16(written[: 2 * len(eps)]):
                 name = origin.pairs[too_large[0] % len(eps)][0]
                 raise RuntimeError(f"refresh: the norm folded into {name!r} leaves the range of float16; fold it again")
+        with torch.inference_mode():  # in which alone a model that was folded there can be written to
             if written is not targets:
                 torch._foreach_copy_(targets, written)
             for target, source in others:
@@ -832,6 +833,11 @@ def verify(model: nn.Module, folded: nn.Module, example_inputs: Any) -> float:
 
 
 def _largest(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    errors = [float((a.double() - b.double()).abs().max()) for a, b in _paired(before, after) if a.numel()]
+    return float("nan") if any(e != e for e in errors) else max(errors, default=0.0)
+
+
+def _paired(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     if not before:
         raise TypeError(
             "model: its outputs hold no tensor that can be compared, allowed: tensors, in tuples, lists, dicts or "
@@ -840,8 +846,7 @@ def _largest(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     shapes = [[tuple(t.shape) for t in outputs] for outputs in (before, after)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"folded: got outputs of shapes {shapes[1]}, allowed: those of the model, {shapes[0]}")
-    errors = [float((a.double() - b.double()).abs().max()) for a, b in zip(before, after, strict=True) if a.numel()]
-    return float("nan") if any(e != e for e in errors) else max(errors, default=0.0)
+    return list(zip(before, after, strict=True))
 
 
 # ---- folding
@@ -1072,8 +1077,7 @@ def _assembled(
 
 
 def _compare(before: list[Tensor], after: list[Tensor]) -> None:
-    _largest(before, after)  # refuses other numbers and shapes
-    for a, b in zip(before, after, strict=True):
+    for a, b in _paired(before, after):
         if not a.is_floating_point() or not a.numel() or not bool(a.isfinite().all()):
             continue
         error, size = _largest([a], [b]), float(a.abs().max())
