@@ -98,8 +98,8 @@ def train(
             have the same keys.
         micro_batch: images of a view that the encoder holds activations of at once, while the loss sees the whole batch
             (`ssl_fast.CachedStep`): a second forward pass for the memory of a small batch. "auto" finds the largest
-            that fits, in a run of one process. With batch norm, statistics are those of a micro-batch. None is the plain step, both views at
-            once.
+            that fits, in a run of one process. With batch norm, statistics are those of a micro-batch. None is the
+            plain step, both views at once.
         memory: the budget of "auto", such as "20GiB"; default what is free.
         checkpoint_stages: keep the activations between the stages of the encoder alone, and compute the others again in
             the backward.
