@@ -372,6 +372,13 @@ def silent(rank: int, world: int, timed: Any, mortal: Any) -> dict[str, Any]:
 # ---- the tests
 
 
+def of(*worlds):
+    """On so many processes alone."""
+    return pytest.mark.parametrize(
+        "processes", worlds, indirect=True, scope="module", ids=lambda world: f"{world} processes"
+    )
+
+
 @pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda world: f"{world} processes")
 def processes(request, tmp_path_factory):
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
@@ -420,21 +427,19 @@ def test_gradients_are_those_of_one_process(processes, name):
                 check(f"{what}: temperature", r["temperature"], truth["temperature"])
 
 
+@of(2)
 @pytest.mark.parametrize("name", CURVES)
 def test_two_processes_with_half_the_batch_give_the_curve_of_one(processes, name):
-    if len(processes) != 2:
-        pytest.skip("of two processes")
     one = curve(CURVES[name], (8, 8), None)
     two = torch.stack([found["curves"][name] for found in processes]).mean(0)
     assert one[-1] < one[0]
     torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-9)
 
 
+@of(2, 4)
 @pytest.mark.parametrize(("name", "dtype", "strategy"), DTYPE_CASES)
 def test_native_backends_by_dtype(processes, name, dtype, strategy):
     world = len(processes)
-    if world == 1:
-        pytest.skip("one process has nothing to exchange")
     batch = Batch.whole(sum(SIZES[world]), dtype, 33)
     a, b = (x.double().requires_grad_() for x in (batch.x1, batch.x2))
     batch.queue = batch.queue.double()
@@ -449,10 +454,9 @@ def test_native_backends_by_dtype(processes, name, dtype, strategy):
     check("temperature", torch.stack(dt).mean(), t.grad, tolerance)
 
 
+@of(2, 4)
 def test_groups_queues_and_errors(processes):
     world = len(processes)
-    if world == 1:
-        pytest.skip("one process has nothing to exchange")
     found = [f["others"] for f in processes]
     z = [torch.randn(3, 4, generator=torch.Generator().manual_seed(rank)) for rank in range(world)]
     flipped = [x.flip(0) for x in z]
@@ -480,9 +484,8 @@ def test_groups_queues_and_errors(processes):
     torch.testing.assert_close(clipped, clip(torch.cat(z), torch.cat(z), 10.0))
 
 
+@of(2)
 def test_a_dead_or_silent_process_is_an_error_within_the_time_out(processes):
-    if len(processes) != 2:
-        pytest.skip("two processes are enough")
     for kind, limit in (("silent", 6), ("dead", 20)):
         said, seconds = processes[0]["silent"][kind]
         assert said.startswith("RuntimeError: gather_distributed: rank 0 of 2 got no answer"), said
