@@ -126,7 +126,7 @@ class CachedStep:
     """`cached_step` with a micro-batch that it finds itself, and halves where memory runs out.
 
     At the first call micro-batches are measured (peak RSS on a CPU, max_memory_allocated on a GPU), each twice the one
-    before, until one takes a tenth of the budget or a GiB; the line through the last two says how many rows fit. The
+    before, until one takes a quarter of the budget or a GiB; the line through them says how many rows fit. The
     step itself does not notice. Should memory run out all the same, the micro-batch is halved, a warning says so, and
     the step begins again as if nothing had been: gradients, buffers and generators are those of before. In one of
     several processes neither is done, as the others would not know: "auto" and a lack of memory are errors there.
@@ -198,7 +198,7 @@ class CachedStep:
             _release()
 
     def _find(self, encoders: list[nn.Module], views: Sequence[Tensor], rows: int) -> int:
-        """The largest micro-batch whose peak, on the line through two measured ones, is within the budget."""
+        """The largest micro-batch whose peak, on the line through the measured ones, is within the budget."""
         device = _device(encoders[0], views[0])
         budget = (free_memory(device) if self.memory is None else self.memory) - self.reserve
         state, width = _State(encoders), 0
@@ -216,21 +216,21 @@ class CachedStep:
                             torch.autograd.backward(z, torch.zeros_like(z))
 
         try:
-            base = peak_memory(lambda: None, device)
-            size, peak = 0, base
+            sizes, peaks = [0], [peak_memory(lambda: None, device)]
             while True:
-                smaller, below = size, peak
-                size = min(max(4, 2 * size), rows)
-                peak = peak_memory(functools.partial(embed, size), device)
-                enough = peak - base > min(0.1 * (budget - base), 2**30)
-                if size == rows or (enough and smaller):
+                sizes.append(min(max(4, 2 * sizes[-1]), rows))
+                peaks.append(peak_memory(functools.partial(embed, sizes[-1]), device))
+                enough = peaks[-1] - peaks[0] > min(0.25 * (budget - peaks[0]), 2**30)
+                if sizes[-1] == rows or (enough and len(sizes) > 2):
                     break
         finally:
             state.restore()
             _release()
-        slope = max(peak - below, 1) / max(size - smaller, 1)
-        held = 2 * rows * width * len(views) // len(distinct)  # every embedding and its gradient
-        start = peak - slope * size + held
+        if len(sizes) > 2:  # an empty batch has no gradients, and is off the line
+            sizes, peaks = sizes[1:], peaks[1:]
+        slope, start = np.polyfit(sizes, peaks, 1)
+        slope = max(slope, 1)
+        start += 2 * rows * width * len(views) // len(distinct)  # every embedding and its gradient
         fits = int(MARGIN * (budget - start) / slope)
         if fits >= rows * len(views):
             return rows
