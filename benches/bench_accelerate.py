@@ -1,10 +1,11 @@
-"""A training step of ResNet-50 before and after `accelerate`: time, peak memory, and both loss curves beside fp64's.
+"""A training step of ResNet-50, ViT-S/16 and ConvNeXt-T before and after `accelerate`: time, peak memory, and both loss
+curves beside fp64's.
 
 Batch norm magnifies rounding: after a step or two fp32 curves differ in their second digit, whoever computes them. So
 each is held against the same run in fp64: the error is the mean relative distance of its losses from those.
 
 `python -m benches.bench_accelerate` prints the table and writes the rows to benches/results.csv, and the curves to
-out/accelerate.csv; `--quick` takes a ResNet-18 on small images and writes nothing.
+out/accelerate_MODEL.csv; `--quick` takes few small images and writes nothing.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from benches import common
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROVIDERS = ("eager", "ssl_fast.accelerate")
 STEPS = 30
-CURVES = Path("out/accelerate.csv")
+MODELS = {"resnet50": "resnet50", "vit_s_16": "vit_small_patch16_224", "convnext_t": "convnext_tiny"}  # timm's names
 
 
-def model(name: str, accelerated: bool) -> nn.Module:
-    import torchvision
+def model(name: str, pixels: int, accelerated: bool) -> nn.Module:
+    import timm
 
     torch.manual_seed(0)
-    network = getattr(torchvision.models, name)(num_classes=100).to(DEVICE, memory_format=torch.channels_last).train()
-    if accelerated:
-        ssl_fast.accelerate(network)
-    return network
+    size = {"img_size": pixels} if name.startswith("vit") else {}
+    network = timm.create_model(MODELS[name], num_classes=100, **size)
+    network = network.to(DEVICE, memory_format=torch.channels_last).train()
+    return ssl_fast.accelerate(network).model if accelerated else network
 
 
 def trainer(name: str, dtype: str, accelerated: bool, batch: int, pixels: int) -> Callable[[], float]:
     """A step of SGD on the same random images, whose loss falls as the network learns them; returns the loss."""
-    network = model(name, accelerated)
+    network = model(name, pixels, accelerated)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, pixels, pixels, generator=generator).to(DEVICE, memory_format=torch.channels_last)
     labels = torch.randint(100, (batch,), generator=generator).to(DEVICE)
@@ -106,19 +107,21 @@ def child(allocator: str, *given: object) -> Any:
     return common.in_fresh_process(__spec__.name, ["--worker", json.dumps(given)], allocator)
 
 
-def case(dtype: str) -> tuple[str, int, int, int]:
-    """Network, batch, pixels and steps."""
+def case(name: str, dtype: str) -> tuple[int, int]:
+    """Batch and pixels."""
     if DEVICE == "cuda":
-        return "resnet50", 128, 224, STEPS
-    # Where a CPU has no instructions for it, torch's bf16 convolutions take 20 times as long as in fp32.
-    slow = dtype == "bfloat16" and common.instruction_set() != "AMX-BF16"
-    return ("resnet50", 4, 64, STEPS) if slow else ("resnet50", 16, 128, STEPS)
+        return 128, 224
+    # Where a CPU has no instructions for it, torch's bf16 convolutions and products take 20 times as long as in fp32.
+    if dtype == "bfloat16" and common.instruction_set() != "AMX-BF16":
+        return 4, 64
+    return (16, 128) if name == "resnet50" else (8, 224)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small network, nothing written")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="this one alone")
+    parser.add_argument("--model", choices=MODELS, help="this one alone")
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -126,28 +129,30 @@ def main() -> None:
         print(json.dumps({"bench": bench, "memory": memory, "truth": truth}[what](*given)))
         return
     print(f"A training step on {common.device_name()}, {torch.get_num_threads()} threads")
-    conditions, rows = common.conditions(), []
-    for dtype in (arguments.dtype,) if arguments.dtype else ("float32", "bfloat16"):
-        name, batch, pixels, steps = ("resnet18", 4, 32, 3) if arguments.quick else case(dtype)
-        exact = child("default", "truth", name, batch, pixels, steps)
-        for allocator in ("default", "warm") if DEVICE == "cpu" else ("default",):
-            measured = child(allocator, "bench", name, dtype, batch, pixels, steps, exact)
-            for row in measured:
-                row["extra_mb"] = child(allocator, "memory", row["provider"], name, dtype, batch, pixels)
-                row |= {"allocator": allocator, **conditions}
-            print(f"\n{measured[0]['shape']}, {dtype}, allocator {allocator}; error: of the losses, against fp64")
-            print(
-                common.table(measured, ("provider", "ms", "ms_p20", "ms_p80", "ratio", "extra_mb", "error")), flush=True
-            )
-            rows += measured
-            if not arguments.quick:
-                common.save(rows)
-                write_curves(rows)
+    conditions = common.conditions()
+    for name in (arguments.model,) if arguments.model else MODELS:
+        rows: list[common.Row] = []
+        for dtype in (arguments.dtype,) if arguments.dtype else ("float32", "bfloat16"):
+            (batch, pixels), steps = ((2, 32), 3) if arguments.quick else (case(name, dtype), STEPS)
+            exact = child("default", "truth", name, batch, pixels, steps)
+            for allocator in ("default", "warm") if DEVICE == "cpu" else ("default",):
+                measured = child(allocator, "bench", name, dtype, batch, pixels, steps, exact)
+                for row in measured:
+                    row["extra_mb"] = child(allocator, "memory", row["provider"], name, dtype, batch, pixels)
+                    row |= {"allocator": allocator, **conditions}
+                print(f"\n{measured[0]['shape']}, {dtype}, allocator {allocator}; error: of the losses, against fp64")
+                columns = ("provider", "ms", "ms_p20", "ms_p80", "ratio", "extra_mb", "error")
+                print(common.table(measured, columns), flush=True)
+                rows += measured
+                if not arguments.quick:
+                    common.save(rows)
+                    write_curves(name, rows)
 
 
-def write_curves(rows: list[common.Row]) -> None:
-    CURVES.parent.mkdir(parents=True, exist_ok=True)
-    with CURVES.open("w", newline="") as file:
+def write_curves(name: str, rows: list[common.Row]) -> None:
+    path = Path(f"out/accelerate_{name}.csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["dtype", "allocator", "provider", "step", "loss"])
         for row in rows:

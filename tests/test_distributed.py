@@ -167,6 +167,14 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
         lambda a, b, t, batch, **over: clip(a, b, 1 / t, normalize=True, group_ids=batch.labels, **over),
         lambda a, b, t, batch: dense_clip(a, b, t, batch.labels),
     ),
+    "CLIP, debiased with groups": (
+        lambda a, b, t, batch, **over: clip(a, b, 1 / t, tau_plus=0.1, group_ids=batch.labels, **over),
+        lambda a, b, t, batch: clip(a, b, 1 / t, tau_plus=0.1, group_ids=batch.labels),
+    ),
+    "SupCon, decoupled": (
+        lambda a, b, t, batch, **over: sup_con(a, batch.labels, t, decoupled=True, **over),
+        lambda a, b, t, batch: sup_con(a, batch.labels, t, decoupled=True),
+    ),
     "SupCon": (
         lambda a, b, t, batch, **over: SupConLoss(t, **over)(a + b, batch.labels),
         lambda a, b, t, batch: dense_sup_con(a + b, batch.labels, t),

@@ -429,6 +429,48 @@ def test_options_against_their_formulas():
     )
 
 
+def test_options_of_clip_and_sup_con_against_their_formulas():
+    N, D, t, tau = 9, 6, 0.2, 0.05
+    image, text = tensors((N, D), (N, D), dtype=torch.float64)
+    ids = torch.arange(N, device=DEVICE) % 6
+    same = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)  # noqa: E731
+    keys = {"normalize": True, "reduction": "none"}
+    s = unit(image) @ unit(text).T / t
+    pos = s.diagonal()
+    for group_ids in (None, ids):
+        out = torch.eye(N, dtype=torch.bool, device=DEVICE) if group_ids is None else ids[:, None] == ids
+        both = [x.masked_fill(out, -torch.inf) for x in (s, s.T)]
+        given = {"group_ids": group_ids, **keys}
+        alone = [torch.logsumexp(x, 1) - pos for x in both]
+        same(clip(image, text, 1 / t, decoupled=True, **given), sum(alone) / 2)
+        left = (~out).sum(1).double()
+        sums = [((x.exp().sum(1) - left * tau * pos.exp()) / (1 - tau)).clamp(min=0) for x in both]
+        sums = [torch.maximum(x, left * torch.e ** (-1 / t)) for x in sums]
+        debiased = sum((1 + x / pos.exp()).log() for x in sums) / 2
+        loss, lse = clip(image, text, 1 / t, tau_plus=tau, return_lse=True, **given)
+        same(loss, debiased)
+        same(lse, torch.stack([torch.logaddexp(torch.logsumexp(x, 1), pos) for x in both]))
+        gradients = [torch.autograd.grad(x.sum(), (image, text), retain_graph=True) for x in (loss, debiased)]
+        for ours, theirs in zip(*gradients, strict=True):
+            same(ours, theirs)
+
+    for labels in (ids, torch.zeros_like(ids)):  # all alike: no negatives, no loss
+        logits, alike = unit(image) @ unit(image).T / t, labels[:, None] == labels
+        lse = torch.logsumexp(logits.masked_fill(alike, -torch.inf), 1)
+        alike = alike & ~torch.eye(N, dtype=torch.bool, device=DEVICE)
+        counted = alike.any(1) & lse.isfinite()
+        expected = (lse - (logits * alike).sum(1) / alike.sum(1).clamp(min=1))[counted]
+        loss, ours = sup_con(image, labels, t, reduction="none", decoupled=True, return_lse=True)
+        same(ours, lse)
+        same(loss[counted], expected)
+        assert (loss[~counted] == 0).all()
+        same(sup_con(image, labels, t, decoupled=True), expected.mean() if len(expected) else torch.zeros_like(loss[0]))
+        ours, theirs = (torch.autograd.grad(x.sum(), image, retain_graph=True)[0] for x in (loss, expected))
+        same(ours, theirs)
+    assert sup_con(image.view(3, 3, D), temperature=t, return_lse=True)[1].shape == (3, 3)
+    assert sup_con(image.detach().clone().fill_(torch.nan), ids, t).isnan()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opposite_rows_with_a_large_upstream_gradient(backend):
     """Similarities of -1 at the lowest temperature of the fixed shift, under GradScaler's 2^16."""

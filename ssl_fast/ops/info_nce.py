@@ -555,11 +555,11 @@ def _of(ids: Tensor | None, rows: slice, y_ids: Tensor | None, columns: slice) -
 
 
 class _SumsOfLabel(torch.autograd.Function):
-    """(N, D), for each of this rank's rows the sum of all ranks' rows of its label; their number, (N,). A symmetric
-    operator: its backward is itself."""
+    """(N, D), for each row the sum of the rows, of all ranks, of its label; their number, (N,). A symmetric operator:
+    its backward is itself."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, z: Tensor, labels: Tensor, ranks: Ranks | None) -> tuple[Tensor, Tensor]:
         ctx.labels, ctx.ranks = labels, ranks
         sums, count = torch.zeros_like(z), z.new_zeros(len(z))
 
@@ -569,7 +569,10 @@ class _SumsOfLabel(torch.autograd.Function):
                 count.add_(matches(labels, y_labels))
             return []
 
-        ranks.meet([z, labels], visit)
+        if ranks is None:
+            visit(None, z, labels)
+        else:
+            ranks.meet([z, labels], visit)
         ctx.mark_non_differentiable(count)
         return sums, count
 
@@ -850,13 +853,16 @@ def clip(
     *,
     normalize: bool = False,
     reduction: Reduction = "mean",
+    return_lse: bool = False,
     label_smoothing: float = 0.0,
+    decoupled: bool = False,
+    tau_plus: float = 0.0,
     group_ids: Tensor | None = None,
     sample_weight: Tensor | None = None,
     gather_distributed: bool = False,
     group: Any = None,
     strategy: Strategy = "gather",
-) -> Tensor:
+) -> Any:
     """The loss of CLIP (Radford et al. 2021, arXiv 2103.00020, figure 3), both directions from each tile.
 
     Equivalent to:
@@ -869,11 +875,14 @@ def clip(
         logit_bias: a number added to every logit, which a softmax does not see: its gradient is zero.
         normalize: divide every row by its L2 norm first. False, as in open_clip, whose models normalise.
         reduction: "mean" and "sum" give a scalar, "none" the mean of both directions of each pair, (N,).
-        label_smoothing, group_ids, sample_weight: as in `info_nce`; pairs of a group are no negatives of each other.
+        return_lse: also return the (2, N) log-sum-exp of the logits of each image and of each text, the positive's
+            included and logit_bias left out.
+        label_smoothing, decoupled, tau_plus, group_ids, sample_weight: as in `info_nce`, in both directions; pairs of
+            a group are no negatives of each other.
         gather_distributed, group, strategy: as in `nt_xent`.
 
     Returns:
-        The loss in fp32 (fp64 for fp64).
+        The loss in fp32 (fp64 for fp64), or (loss, lse).
 
     Raises:
         ValueError, TypeError: naming the argument, for shapes, dtypes or combinations that do not fit.
@@ -886,7 +895,7 @@ def clip(
         "image_features", image_features, "text_features", text_features, empty=group is not None
     )
     N = len(image)
-    _losses.check_options(reduction, label_smoothing=label_smoothing, group_ids=group_ids)
+    _losses.check_options(reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, group_ids=group_ids)
     group_ids = _losses.check_per_row("group_ids", group_ids, N, image.device, integer=True)
     _losses.check_per_row("sample_weight", sample_weight, N, image.device, integer=False)
     t = _losses.check_temperature(_inverse(logit_scale, image), image)
@@ -897,6 +906,10 @@ def clip(
     else:
         lses = _AcrossRanks.apply(image, text, t, group_ids, group_ids, True, normalize, True, ranks)
         pos = (to_rows(image, normalize) * to_rows(text, normalize)).sum(1)
+    others: int | Tensor = (N if ranks is None else ranks.total) - 1
+    if group_ids is not None and tau_plus:
+        alike = matches(group_ids, group_ids if ranks is None else ranks.gather(group_ids))
+        others = others + 1 - alike
     losses = []
     for lse, queries, keys in zip(lses, (image, text), (text, image), strict=True):
         negative_sum = None
@@ -908,7 +921,9 @@ def clip(
                 lse - pos / positive(t),
                 pos,
                 temperature=t,
-                negatives=(N if ranks is None else ranks.total) - 1,
+                negatives=others,
+                decoupled=decoupled,
+                tau_plus=tau_plus,
                 label_smoothing=label_smoothing,
                 negative_sum=negative_sum,
             )  # fmt: skip
@@ -916,7 +931,8 @@ def clip(
     loss = (losses[0] + losses[1]) / 2
     if logit_bias is not None:
         loss = loss + 0 * torch.as_tensor(logit_bias, dtype=loss.dtype, device=loss.device).reshape(())
-    return _losses.reduce(loss, reduction, sample_weight, ranks)
+    loss = _losses.reduce(loss, reduction, sample_weight, ranks)
+    return (loss, torch.logaddexp(torch.stack(tuple(lses)), pos / positive(t))) if return_lse else loss
 
 
 def _inverse(logit_scale: float | Tensor, z: Tensor) -> float | Tensor:
@@ -994,11 +1010,13 @@ def sup_con(
     *,
     normalize: bool = True,
     reduction: Reduction = "mean",
+    return_lse: bool = False,
+    decoupled: bool = False,
     sample_weight: Tensor | None = None,
     gather_distributed: bool = False,
     group: Any = None,
     strategy: Strategy = "gather",
-) -> Tensor:
+) -> Any:
     """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, equation 2), in O(M D) memory.
 
     Rows of one label are each other's positives, all other rows the negatives; a row is never its own.
@@ -1014,11 +1032,14 @@ def sup_con(
         normalize: divide each row by its L2 norm, as F.normalize.
         reduction: "mean" over the rows that have a positive, and "sum", give a scalar; "none" (M,) or (N, V), with 0
             where a row has no positive.
+        return_lse: also return the log-sum-exp over the denominators, in the shape of reduction "none".
+        decoupled: leave every positive out of the denominators, which then run over the negatives alone (DCL, arXiv
+            2110.06848, of several positives); rows without a negative have no loss.
         sample_weight: (M,) or (N,) weights of the rows or images; the mean becomes the weighted one.
         gather_distributed, group, strategy: as in `nt_xent`. labels mean the same on every process.
 
     Returns:
-        The loss in fp32 (fp64 for fp64). Without any positive it is 0.
+        The loss in fp32 (fp64 for fp64), or (loss, lse). Without any positive the loss is 0.
 
     Raises:
         ValueError, TypeError: naming the argument, for shapes or dtypes that do not fit.
@@ -1050,26 +1071,28 @@ def sup_con(
         sample_weight = None if sample_weight is None else sample_weight.repeat_interleave(views)
 
     ranks = share(z, group, strategy)
-    if ranks is None:
+    if of_images and ranks is not None:
+        labels = labels + ranks.first // views
+    if ranks is None and not decoupled:
         lse, positives, count = _SupCon.apply(z, labels, None, t, normalize)
     else:
-        if of_images:
-            labels = labels + ranks.first // views
         # In the dtype of sums: the positives' share of the gradient nearly cancels that of their softmax.
         z = to_rows(z, normalize)
-        lse = log_sum_exp_of_others(z, None, t, normalize=False, ranks=ranks)
+        lse = log_sum_exp_of_others(z, labels if decoupled else None, t, normalize=False, ranks=ranks)
         sums, count = _SumsOfLabel.apply(z, labels, ranks)
         positives, count = (z * (sums - z)).sum(1), count - 1
-    has = count > 0
+    has = (count > 0) & (lse != -torch.inf)  # NaN stays
     loss = torch.where(has, lse - positives / (count.clamp(min=1) * positive(t)), 0)
-    if reduction == "none":
-        loss = _losses.reduce(loss, "none", sample_weight)
-        return loss.unflatten(0, (images, views)) if embeddings.dim() == 3 else loss
-    if reduction == "sum":
-        return _losses.reduce(loss, "sum", sample_weight, ranks)
-    weight = has.to(loss.dtype) if sample_weight is None else has * sample_weight.to(loss.dtype)
-    total = _losses.total(weight.sum(), ranks)
-    return _losses.reduce(loss, "sum", weight, ranks) / torch.where(total == 0, 1, total)
+    if reduction == "mean":
+        weight = has.to(loss.dtype) if sample_weight is None else has * sample_weight.to(loss.dtype)
+        total = _losses.total(weight.sum(), ranks)
+        loss = _losses.reduce(loss, "sum", weight, ranks) / torch.where(total == 0, 1, total)
+    else:
+        loss = _losses.reduce(loss, reduction, sample_weight, ranks)
+    if embeddings.dim() == 3:
+        lse = lse.unflatten(0, (images, views))
+        loss = loss.unflatten(0, (images, views)) if reduction == "none" else loss
+    return (loss, lse) if return_lse else loss
 
 
 class SupConLoss(nn.Module):
