@@ -77,12 +77,21 @@ def test_confident_pairs_and_decorrelated_features():
 def test_both_ways_give_the_same():
     a, b = (F.batch_norm(z, None, None, training=True) for z in views(20, 23, torch.float64))
     on = ((a * b).mean(0) ** 2).sum()
-    rows, columns = home.barlow_twins_rows(a, b, None, None, 1 / 20), home.barlow_twins_columns(a, b, 0, 1 / 20)
-    torch.testing.assert_close(rows - on, columns)
-    halves = [home.barlow_twins_rows(a[i], b[i], a, b, 1 / 20) for i in (slice(9), slice(9, None))]
-    torch.testing.assert_close(sum(halves), rows)
-    parts = [home.barlow_twins_columns(a[:, i], b, i.start, 1 / 20) for i in (slice(0, 7), slice(7, None))]
-    torch.testing.assert_close(sum(parts), columns)
+    rows, columns = (
+        home.barlow_twins_rows(a, b, None, None, 1 / 20, True),
+        home.barlow_twins_columns(a, b, 0, 1 / 20, True),
+    )
+    torch.testing.assert_close(rows[0] - on, columns[0])
+    halves = [home.barlow_twins_rows(a[i], b[i], a, b, 1 / 20, True) for i in (slice(9), slice(9, None))]
+    torch.testing.assert_close(halves[0][0] + halves[1][0], rows[0])
+    for k in (1, 2):  # each half owns its rows
+        torch.testing.assert_close(torch.cat([half[k] for half in halves]), rows[k])
+    parts = [home.barlow_twins_columns(a[:, i], b, i.start, 1 / 20, True) for i in (slice(0, 7), slice(7, None))]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], columns[0])
+    torch.testing.assert_close(torch.cat([part[1] for part in parts], 1), columns[1])
+    torch.testing.assert_close(parts[0][2] + parts[1][2], columns[2])
+    assert torch.equal(home.barlow_twins_columns(a, b, 0, 1 / 20, False)[0], columns[0])
+    assert [g.numel() for g in home.barlow_twins_rows(a, b, None, None, 1 / 20, False)[1:]] == [0, 0]
 
 
 def test_parity_with_lightly():
@@ -101,11 +110,10 @@ def test_gradcheck_opcheck_and_strides(N, D):
     assert torch.autograd.gradcheck(lambda a, b: barlow_twins(a, b, 0.3), (z_a, z_b))
     a, b = (z.detach().float() for z in (z_a, z_b))
     named = torch.ops.ssl_fast
-    for x in (None, b):
-        opcheck(named.barlow_twins_rows.default, (a, b, x, x, 0.1))
-        opcheck(named.barlow_twins_rows_bwd.default, (a, b, x, x, 0.1))
-    opcheck(named.barlow_twins_columns.default, (a[:, 1:], b, 1, 0.1))
-    opcheck(named.barlow_twins_columns_bwd.default, (a[:, 1:], b, 1, 0.1))
+    for gradients in (False, True):
+        for x in (None, b):
+            opcheck(named.barlow_twins_rows.default, (a, b, x, x, 0.1, gradients))
+        opcheck(named.barlow_twins_columns.default, (a[:, 1:], b, 1, 0.1, gradients))
     strided = results(barlow_twins, a.T.contiguous().T, b.repeat(1, 2)[:, :D])
     plain = results(barlow_twins, a, b)
     assert all(torch.allclose(strided[name], plain[name], rtol=1e-4, atol=1e-6) for name in plain)

@@ -10,7 +10,8 @@ The diagonal costs N D. What is left is the sum of the squares of C, in one of t
     by rows      |C|^2 = sum over i, j of (a_i . a_j) (b_i . b_j) / N^2, tile by tile      of 2 N^2 D flop
 
 By rows the diagonal's squares are taken from the sum. C has rank N - 1 at most, so for 2 N <= D they are half of it at
-most, and nothing cancels. Gradients are products with the same tiles, taken again: the loss is quadratic in C.
+most, and nothing cancels. Gradients are products with the same tiles, as the loss is quadratic in C: the forward takes
+them while it has a tile, so that none is computed twice, and the backward is elementwise.
 """
 
 from __future__ import annotations
@@ -58,86 +59,68 @@ def _add_product(out: Tensor, x: Tensor, y: Tensor) -> None:
         out += _product(x.to(y.dtype), y)
 
 
-def _rows_reference(a: Tensor, b: Tensor, x: Tensor | None, y: Tensor | None, scale: float) -> Tensor:
-    a, b = _operand(a), _operand(b)
-    total = torch.zeros((), dtype=torch.float64, device=a.device)
-    symmetric = x is None or y is None
-    x, y = (a, b) if x is None or y is None else (_operand(x), _operand(y))
-    for rows in _pieces(len(a), len(x)):
-        others = slice(rows.start if symmetric else 0, None)
-        products = _product(a[rows], x[others].T).mul_(_product(b[rows], y[others].T))
-        total += products.sum()
-        if symmetric:  # what lies above the diagonal stands for what lies below
-            total += products[:, rows.stop - rows.start :].sum()
-    return (total * scale**2).to(accumulator(a))
+def _gradients_like(gradients: bool, *inputs: Tensor) -> list[Tensor]:
+    """Zeros to add to; where there are no gradients, none."""
+    return [z.new_zeros(z.shape if gradients else (0,), dtype=accumulator(z)) for z in inputs]
 
 
-def _rows_bwd_reference(
-    a: Tensor, b: Tensor, x: Tensor | None, y: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _rows_reference(
+    a: Tensor, b: Tensor, x: Tensor | None, y: Tensor | None, scale: float, gradients: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     a, b = _operand(a), _operand(b)
-    da, db = (z.new_zeros(z.shape, dtype=accumulator(z)) for z in (a, b))
+    total, (da, db) = torch.zeros((), dtype=torch.float64, device=a.device), _gradients_like(gradients, a, b)
     symmetric = x is None or y is None
     x, y = (a, b) if x is None or y is None else (_operand(x), _operand(y))
     for rows in _pieces(len(a), len(x)):
         others, later = slice(rows.start if symmetric else 0, None), slice(rows.stop, None)
-        for left, right, dz, z, own in ((b, y, da, x, a), (a, x, db, y, b)):
-            weight = _product(left[rows], right[others].T).mul_(scale)  # in fp16's range before it is rounded
-            _add_product(dz[rows], weight, z[others])
-            if symmetric:
-                _add_product(dz[later], weight[:, rows.stop - rows.start :].T, own[rows])
-    return da.mul_(2 * scale), db.mul_(2 * scale)
+        # In fp16's range before they are rounded.
+        of_a = _product(a[rows], x[others].T).mul_(scale)
+        of_b = _product(b[rows], y[others].T).mul_(scale)
+        if gradients:
+            for weight, dz, z, own in ((of_b, da, x, a), (of_a, db, y, b)):
+                _add_product(dz[rows], weight, z[others])
+                if symmetric:
+                    _add_product(dz[later], weight[:, rows.stop - rows.start :].T, own[rows])
+        products = of_a.mul_(of_b)
+        total += products.sum()
+        if symmetric:  # what lies above the diagonal stands for what lies below
+            total += products[:, rows.stop - rows.start :].sum()
+    return total.to(accumulator(a)), da.mul_(2 * scale), db.mul_(2 * scale)
 
 
-def _tiles(x: Tensor, y: Tensor, diagonal: int, scale: float) -> Iterator[tuple[slice, Tensor]]:
-    """Columns of x, and their rows of scale x^T y without its diagonal."""
+def _columns_reference(
+    x: Tensor, y: Tensor, diagonal: int, scale: float, gradients: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = _operand(x), _operand(y)
+    total, (dx, dy) = torch.zeros((), dtype=torch.float64, device=x.device), _gradients_like(gradients, x, y)
     for columns in _pieces(x.shape[1], y.shape[1]):
         C = _product(x[:, columns].T, y).mul_(scale)
         C.diagonal(columns.start + diagonal).zero_()
-        yield columns, C
-
-
-def _columns_reference(x: Tensor, y: Tensor, diagonal: int, scale: float) -> Tensor:
-    x, y = _operand(x), _operand(y)
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for _, C in _tiles(x, y, diagonal, scale):
+        if gradients:
+            _add_product(dx[:, columns].T, C, y.T)
+            _add_product(dy.T, C.T, x[:, columns].T)
         total += C.mul_(C).sum()
-    return total.to(accumulator(x))
+    return total.to(accumulator(x)), dx.mul_(2 * scale), dy.mul_(2 * scale)
 
 
-def _columns_bwd_reference(x: Tensor, y: Tensor, diagonal: int, scale: float) -> tuple[Tensor, Tensor]:
-    x, y = _operand(x), _operand(y)
-    dx, dy = (z.new_zeros(z.shape, dtype=accumulator(z)) for z in (x, y))
-    for columns, C in _tiles(x, y, diagonal, scale):
-        _add_product(dx[:, columns].T, C, y.T)
-        _add_product(dy.T, C.T, x[:, columns].T)
-    return dx.mul_(2 * scale), dy.mul_(2 * scale)
+def _fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    like = [z.new_empty(z.shape if rest[-1] else (0,), dtype=accumulator(z)) for z in (x, y)]
+    return x.new_empty((), dtype=accumulator(x)), like[0], like[1]
 
 
-# ---- operators: one backend each, as they are products alone
+# ---- operators: one backend each, as they are products alone. The sum of squares, and with `gradients` those of it
 
 barlow_twins_rows = Op(
-    "barlow_twins_rows(Tensor a, Tensor b, Tensor? x, Tensor? y, float scale) -> Tensor",
+    "barlow_twins_rows(Tensor a, Tensor b, Tensor? x, Tensor? y, float scale, bool gradients) "
+    "-> (Tensor, Tensor, Tensor)",
     _rows_reference,
-    fake=lambda a, *_: a.new_empty((), dtype=accumulator(a)),
-    decides="a",
-)
-barlow_twins_rows_bwd = Op(
-    "barlow_twins_rows_bwd(Tensor a, Tensor b, Tensor? x, Tensor? y, float scale) -> (Tensor, Tensor)",
-    _rows_bwd_reference,
-    fake=lambda a, b, *_: tuple(z.new_empty(z.shape, dtype=accumulator(z)) for z in (a, b)),
+    fake=_fake,
     decides="a",
 )
 barlow_twins_columns = Op(
-    "barlow_twins_columns(Tensor x, Tensor y, int diagonal, float scale) -> Tensor",
+    "barlow_twins_columns(Tensor x, Tensor y, int diagonal, float scale, bool gradients) -> (Tensor, Tensor, Tensor)",
     _columns_reference,
-    fake=lambda x, *_: x.new_empty((), dtype=accumulator(x)),
-    decides="x",
-)
-barlow_twins_columns_bwd = Op(
-    "barlow_twins_columns_bwd(Tensor x, Tensor y, int diagonal, float scale) -> (Tensor, Tensor)",
-    _columns_bwd_reference,
-    fake=lambda x, y, *_: tuple(z.new_empty(z.shape, dtype=accumulator(z)) for z in (x, y)),
+    fake=_fake,
     decides="x",
 )
 
@@ -150,66 +133,55 @@ class _BarlowTwins(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, lambda_param: float, ranks: Ranks | None) -> Tensor:
-        N = len(a) if ranks is None else ranks.total
-        by_rows = a.shape[1] >= 2 * N or (ranks is not None and ranks.strategy == "ring")
-        ctx.lambda_param, ctx.ranks, ctx.by_rows, ctx.scale = lambda_param, ranks, by_rows, 1 / N
-        diagonal = a.new_zeros(a.shape[1], dtype=accumulator(a))
-        for rows in _pieces(len(a), a.shape[1]):
+    def forward(ctx: Any, a: Tensor, b: Tensor, lambda_param: float, ranks: Ranks | None, gradients: bool) -> Tensor:
+        N, D = (len(a) if ranks is None else ranks.total), a.shape[1]
+        by_rows = D >= 2 * N or (ranks is not None and ranks.strategy == "ring")
+        diagonal = a.new_zeros(D, dtype=accumulator(a))
+        for rows in _pieces(len(a), D):
             diagonal += (a[rows].to(diagonal.dtype) * b[rows]).sum(0)
-        squares = diagonal.new_zeros(())
         if ranks is None:
-            squares += barlow_twins_rows(a, b, None, None, 1 / N) if by_rows else barlow_twins_columns(a, b, 0, 1 / N)
+            columns = (a, b, 0, 1 / N, gradients)
+            rows_ = (a, b, None, None, 1 / N, gradients)
+            squares, da, db = barlow_twins_rows(*rows_) if by_rows else barlow_twins_columns(*columns)
         elif by_rows:
+            squares, (da, db) = diagonal.new_zeros(()), _gradients_like(gradients, a, b)
 
             def visit(_: Any, x: Tensor, y: Tensor) -> list[Tensor]:
                 if len(a) and len(x):
-                    squares.add_(barlow_twins_rows(a, b, x, y, 1 / N))
+                    parts = barlow_twins_rows(a, b, x, y, 1 / N, gradients)
+                    for whole, part in zip((squares, da, db), parts, strict=True):
+                        whole.add_(part)
                 return []
 
             ranks.meet([a, b], visit)
         else:
-            own = _share(a.shape[1], ranks)
-            squares += barlow_twins_columns(ranks.gather(a)[:, own], ranks.gather(b), own.start, 1 / N)
+            own, x, y = _share(D, ranks), ranks.gather(a), ranks.gather(b)
+            squares, own_dx, dy = barlow_twins_columns(x[:, own], y, own.start, 1 / N, gradients)
+            if gradients:
+                dx = torch.zeros(x.shape, dtype=dy.dtype, device=x.device)
+                dx[:, own] = own_dx
+                da, db = ranks.scatter_sum(dx), ranks.scatter_sum(dy)
         if ranks is not None:
-            *diagonal, squares = ranks.all_reduce(torch.cat([diagonal, squares[None]])).split([len(diagonal), 1])
+            *diagonal, squares = ranks.all_reduce(torch.cat([diagonal, squares[None]])).split([D, 1])
             diagonal, squares = diagonal[0], squares[0]
         diagonal = diagonal / N
-        ctx.save_for_backward(a, b, diagonal)
         if by_rows:
             squares = squares - diagonal.square().sum()
+        if gradients:
+            on_diagonal = 2 * (diagonal - 1) - (2 * lambda_param * diagonal if by_rows else 0)
+            for dz, other in ((da, b), (db, a)):
+                dz.mul_(lambda_param).addcmul_(other.to(dz.dtype), on_diagonal / N)
+            ctx.save_for_backward(da, db, a, b)  # the inputs for what would differentiate twice
+            ctx.ranks = ranks
         return (1 - diagonal).square().sum() + lambda_param * squares
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, diagonal = ctx.saved_tensors
-        ranks, scale = ctx.ranks, ctx.scale
-        if ranks is None:
-            of = (a, b, None, None) if ctx.by_rows else (a, b, 0)
-            da, db = (barlow_twins_rows_bwd if ctx.by_rows else barlow_twins_columns_bwd)(*of, scale)
-        elif ctx.by_rows:
-            da, db = (z.new_zeros(z.shape, dtype=diagonal.dtype) for z in (a, b))
-
-            def visit(_: Any, x: Tensor, y: Tensor) -> list[Tensor]:
-                if len(a) and len(x):
-                    for total, part in zip((da, db), barlow_twins_rows_bwd(a, b, x, y, scale), strict=True):
-                        total.add_(part)
-                return []
-
-            ranks.meet([a, b], visit)
-        else:
-            own = _share(a.shape[1], ranks)
-            x, y = ranks.gather(a), ranks.gather(b)
-            dx = torch.zeros(x.shape, dtype=diagonal.dtype, device=x.device)
-            dx[:, own], dy = barlow_twins_columns_bwd(x[:, own], y, own.start, scale)
-            da, db = ranks.scatter_sum(dx), ranks.scatter_sum(dy)
-        if ranks is not None:
-            grad = ranks.all_reduce(grad)
-        on_diagonal = 2 * (diagonal - 1) - (2 * ctx.lambda_param * diagonal if ctx.by_rows else 0)
-        for dz, other in ((da, b), (db, a)):
-            dz.mul_(ctx.lambda_param).addcmul_(other.to(dz.dtype), on_diagonal * scale).mul_(grad)
-        return da.to(a.dtype), db.to(b.dtype), None, None
+        if ctx.ranks is not None:
+            grad = ctx.ranks.all_reduce(grad)
+        da, db, a, b = ctx.saved_tensors
+        return (da * grad).to(a.dtype), (db * grad).to(b.dtype), None, None, None
 
 
 def _share(D: int, ranks: Ranks) -> slice:
@@ -265,7 +237,8 @@ def barlow_twins(
         a, b = (batch_norm(z, None, None, training=True, eps=eps) for z in (z_a, z_b))
     else:
         a, b = (sync_batch_norm(z, ranks.group, eps) for z in (z_a, z_b))
-    return _BarlowTwins.apply(a, b, float(lambda_param), ranks)
+    gradients = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    return _BarlowTwins.apply(a, b, float(lambda_param), ranks, gradients)
 
 
 def check_weights(lambda_param: object, eps: object = 1e-5) -> None:
