@@ -200,15 +200,11 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype = aoti_t
   return empty_strided(dims, sizes.begin(), strides, dtype);
 }
 
-// Of a dense tensor's sizes, strides and dtype. A large one is put on huge pages before its first touch, which halves the
-// cost of that.
-inline Tensor output_like(const Tensor& x) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  Tensor out = empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype);
+// A tensor that nothing was written to yet. A large one is put on huge pages, which halves the cost of its first touch.
+inline Tensor on_huge_pages(Tensor out) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096;
-  const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
+  const int64_t bytes = out.numel() * static_cast<int64_t>(out.element_size());
   if (bytes >= static_cast<int64_t>(Buffer<char>::kHuge)) {
     const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(out.data_ptr()), kPage);
     const uintptr_t end = (reinterpret_cast<uintptr_t>(out.data_ptr()) + bytes) / kPage * kPage;
@@ -216,6 +212,13 @@ inline Tensor output_like(const Tensor& x) {
   }
 #endif
   return out;
+}
+
+// Of a dense tensor's sizes, strides and dtype.
+inline Tensor output_like(const Tensor& x) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return on_huge_pages(empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype));
 }
 
 // The first exception among the threads of a parallel loop, for the others to see and for the caller to get.

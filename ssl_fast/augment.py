@@ -1,39 +1,49 @@
-"""The two augmented views of SimCLR (Chen et al. 2020, section 3, appendix A) and of MoCo, in batches on any device."""
+"""Augmented views of images: what a method draws for each, and modules that make them (Chen et al. 2020, section 3, appendix
+A; He et al. 2020; Zbontar et al. 2021). The arithmetic is that of ssl_fast/ops/two_views.py.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_fast._extras import nearest, require
+from ssl_fast._extras import nearest
+from ssl_fast.ops.two_views import COLUMNS, MEAN_STD, ORDERS, PackedImages, sizes_of, two_views
 
-# ImageNet's mean and standard deviation, and those of its grey values.
-MEAN_STD = {1: ((0.449,), (0.226,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
-
-
-BLOCK = 1024  # images augmented at once: the steps hold several copies of what they work on
+TRIES = 10  # at a crop that its image holds, as in torchvision; then the largest in the middle that the ratios allow
 
 
 @dataclass(frozen=True)
 class Policy:
     """How a view is drawn; every parameter is drawn for each view of each image on its own.
 
+    Distributions are those of torchvision's RandomResizedCrop, ColorJitter (in RandomApply), RandomGrayscale,
+    GaussianBlur (in RandomApply) and RandomSolarize.
+
     Attributes:
         rotate: degrees to either side, before the crop.
-        crop_area: smallest and largest share of the image's area that a crop keeps; its aspect ratio is 3/4 to 4/3.
+        crop_area: smallest and largest share of the image's area that a crop keeps.
+        crop_ratio: smallest and largest ratio of its width to its height.
         flip: probability of a horizontal flip.
-        strength: s of the colour distortion: brightness and contrast within 0.8 s, in an order drawn per batch. Images
-            of one channel have no saturation and no hue.
+        strength: s of the colour distortion: brightness and contrast within 0.8 s, in an order drawn too. Images of one
+            channel have no saturation and no hue.
         saturation, hue: of the distortion, within saturation * s and hue * s.
         jitter: probability of the distortion.
         gray: probability of dropping the colours.
-        blur: probability of a Gaussian blur over 10% of the image, sigma 0.1 to 2 pixels.
-        solarize: probability of inverting what is brighter than half.
-        second: of the second view; None: the same.
+        blur: probability of a Gaussian blur over 10% of the view.
+        sigma: of the blur, in pixels.
+        solarize: probability of inverting what is at least half bright.
+        second: of the second view and those after it; None: the same.
+
+    Raises:
+        ValueError: naming what no view could be drawn with.
     """
 
     rotate: float = 0.0
@@ -47,6 +57,28 @@ class Policy:
     blur: float = 0.5
     solarize: float = 0.0
     second: Policy | None = None
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    sigma: tuple[float, float] = (0.1, 2.0)
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter", "gray", "blur", "solarize"):
+            _within(name, getattr(self, name), 0, 1)
+        _within("rotate", self.rotate, 0, 180)
+        for name, most in (("strength", math.inf), ("saturation", math.inf), ("hue", 0.5)):
+            factor = 1 if name == "strength" else self.strength
+            _within(name, getattr(self, name), 0, most / factor if factor else math.inf)
+        for name, most in (("crop_area", 1.0), ("crop_ratio", math.inf), ("sigma", math.inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= most or math.isinf(high):
+                raise ValueError(
+                    f"{name}: got {(low, high)}, allowed: two numbers above 0, the smaller first"
+                    f"{f', up to {most}' if most < math.inf else ''}"
+                )
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high or math.isinf(value):
+        raise ValueError(f"{name}: got {value}, allowed: {low} to {high:g}")
 
 
 _BARLOW = Policy(strength=0.5, saturation=0.4)  # section 2.2 and the authors' code: BYOL's, different for each view
@@ -77,62 +109,194 @@ def policy_named(name: str | Policy) -> Policy:
     return POLICIES[name]
 
 
-class TwoViews(nn.Module):
-    """Two views of each image of a uint8 batch, as normalised floats.
+def sample_view_params(
+    index: Tensor,
+    height: int | Tensor,
+    width: int | Tensor,
+    policy: Policy,
+    *,
+    size: int,
+    seed: int = 0,
+    epoch: int = 0,
+    view: int = 0,
+) -> Tensor:
+    """What is drawn for one view of each image: rows for `ssl_fast.functional.two_views`.
+
+    A row depends on its own (seed, epoch, index, view), image size and policy alone: on no other image of the batch, no
+    worker, rank or earlier draw. The numbers come from SplitMix64 (Steele, Lea & Flood 2014) as a function of a
+    counter, computed on the CPU: the same to the bit for every device. The global generators are left alone.
 
     Args:
-        policy: what to draw.
-        size: pixels of a view's side.
-        channels: 1 or 3.
+        index: (N,), integers: the number of each image in its data set.
+        height, width: of the images, in pixels; one for all, or (N,).
+        policy: what to draw; its `second` is the caller's business.
+        size: pixels of a view's side, of which the blur's kernel takes 10%.
+        seed, epoch, view: whole numbers from 0 up.
+
+    Returns:
+        (N, 15), fp32, on the CPU.
 
     Example:
-        >>> view1, view2 = TwoViews(POLICIES["simclr"], size=224)(images, key=(seed, epoch, step))
+        >>> params = sample_view_params(torch.arange(8), 32, 32, POLICIES["simclr_small"], size=32, epoch=3)
+    """
+    rows = np.asarray(index.cpu(), dtype=np.int64).astype(np.uint64)
+    heights, widths = (np.broadcast_to(np.asarray(side, np.float64), rows.shape) for side in (height, width))
+    state = _mix(_mix(rows) + np.uint64(seed_of((seed, epoch, view))))
+    drawn = dict.fromkeys(COLUMNS, np.zeros(len(rows)))
+    *box, u = np.split(_uniform(state, 0, 4 + len(COLUMNS)), (1, 2, 3, 4), axis=1)
+    names = ("top", "left", "height", "width")
+    drawn |= dict(zip(names, _crops(np.stack(box, 2), heights, widths, policy), strict=True))
+    failed = np.flatnonzero(drawn["width"] == 0)
+    if len(failed):
+        more = _uniform(state[failed], 64, 4 * (TRIES - 1)).reshape(len(failed), TRIES - 1, 4)
+        again = _crops(more, heights[failed], widths[failed], policy)
+        again = np.where(again[3] == 0, _largest(heights[failed], widths[failed], policy), again)
+        for name, values in zip(names, again, strict=True):
+            drawn[name][failed] = values
+
+    def chance(column: int, probability: float) -> Any:
+        return u[:, column] < probability
+
+    def between(column: int, low: float, high: float) -> Any:
+        return low + (high - low) * u[:, column]
+
+    s = policy.strength
+    jitter = chance(0, policy.jitter)
+    drawn["order"] = np.where(jitter, np.floor(len(ORDERS) * u[:, 1]), 0)
+    around = {"brightness": 0.8 * s, "contrast": 0.8 * s, "saturation": policy.saturation * s}
+    for column, (name, share) in enumerate(around.items(), 2):
+        drawn[name] = np.where(jitter, between(column, max(0, 1 - share), 1 + share), 1)
+    drawn["hue"] = np.where(jitter, between(5, -policy.hue * s, policy.hue * s), 0)
+    drawn["flip"], drawn["gray"] = chance(6, policy.flip), chance(7, policy.gray)
+    drawn["sigma"] = np.where(chance(8, policy.blur), between(9, *policy.sigma), 0)
+    drawn["kernel"] = np.full(len(rows), max(3, size // 20 * 2 + 1) if size > 1 else 1)
+    drawn["solarize"] = np.where(chance(10, policy.solarize), 0.5, 2)
+    drawn["angle"] = between(11, -policy.rotate, policy.rotate)
+    return torch.from_numpy(np.stack([drawn[name] for name in COLUMNS], 1).astype(np.float32))
+
+
+def _mix(x: Any) -> Any:
+    """A bijection of 64 bits that looks random, of an array of uint64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _uniform(state: Any, first: int, count: int) -> Any:
+    """Draws number `first` and after of each state, (N, count), from 0 to below 1."""
+    counter = np.arange(first, first + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return (_mix(state[:, None] + counter) >> np.uint64(11)) * 2.0**-53
+
+
+def _crops(u: Any, heights: Any, widths: Any, policy: Policy) -> Any:
+    """(4, N): top, left, height and width of the first of each image's tries (N, tries, 4) that it holds, or zeros."""
+    heights, widths = heights[:, None], widths[:, None]
+    low, high = policy.crop_area
+    area = heights * widths * (low + (high - low) * u[..., 0])
+    low, high = np.log(policy.crop_ratio)
+    ratio = np.exp(low + (high - low) * u[..., 1])
+    width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (width > 0) & (width <= widths) & (height > 0) & (height <= heights)
+    top, left = np.floor(u[..., 2] * (heights - height + 1)), np.floor(u[..., 3] * (widths - width + 1))
+    first = fits.argmax(1)[:, None]
+    return np.stack([np.take_along_axis(x * fits, first, 1)[:, 0] for x in (top, left, height, width)])
+
+
+def _largest(heights: Any, widths: Any, policy: Policy) -> Any:
+    low, high = policy.crop_ratio
+    width, height = np.minimum(widths, np.rint(heights * high)), np.minimum(heights, np.rint(widths / low))
+    return np.stack([(heights - height) // 2, (widths - width) // 2, height, width])
+
+
+class TwoViews(nn.Module):
+    """Views of each image of a uint8 batch as normalised floats; or of one image, as a data set's `transform`.
+
+    Args:
+        policy: what to draw: a name of POLICIES, a Policy, or a list with one for each view.
+        size: pixels of a view's side; a list gives each view its own, for multi-crop.
+        views: how many, where neither is a list.
+        seed: of the draws.
+        mean, std: of each channel; default ImageNet's.
+        dtype: of the views: torch.float32, bfloat16 or float16.
+
+    Example:
+        >>> view1, view2 = TwoViews("simclr", 224)(images, indices, epoch)  # uint8 (N, C, H, W), or PackedImages
+        >>> local = replace(POLICIES["simclr"], crop_area=(0.05, 0.14))
+        >>> multi_crop = TwoViews([POLICIES["simclr"]] * 2 + [local] * 6, [224] * 2 + [96] * 6)
+        >>> data = ImageFolder("images", transform=TwoViews("moco_v2", 224))  # in your own DataLoader
     """
 
-    def __init__(self, policy: Policy, size: int, channels: int = 3) -> None:
+    def __init__(
+        self,
+        policy: str | Policy | Sequence[str | Policy] = "simclr",
+        size: int | Sequence[int] = 224,
+        *,
+        views: int = 2,
+        seed: int = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.shape = (channels, size, size)
-        self.steps = _steps(policy, size, channels)
-        self.second = None if policy.second is None else _steps(policy.second, size, channels)
+        many = {len(x) for x in (policy, size) if not isinstance(x, (str, Policy, int))}
+        if len(many) > 1:
+            raise ValueError(f"size: got {size}, allowed: one for all, or one for each of the policies")
+        count = many.pop() if many else views
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"views: got {count!r}, allowed: a whole number from 1 up")
+        if isinstance(policy, (str, Policy)):
+            first = policy_named(policy)
+            self.policies = [first] + [first.second or first] * (count - 1)
+        else:
+            self.policies = [policy_named(each) for each in policy]
+        self.sizes = [size] * count if isinstance(size, int) else list(size)
+        self.seed, self.options = seed, {"mean": mean, "std": std, "dtype": dtype}
 
     @torch.no_grad()
-    def forward(self, images: Tensor, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Views (N, C, size, size), fp32, channels_last, of uint8 images (N, C, H, W).
+    def forward(
+        self, images: Any, index: Tensor | None = None, epoch: int = 0
+    ) -> tuple[Tensor, ...] | list[Tensor]:
+        """The views of a batch, each (N, C, size, size), channels_last, on the images' device.
 
-        The parameters depend on the key alone (seed, epoch, step), never on what was drawn before; they are drawn on
-        the CPU, the same for every device. The global generators are left as they were.
+        images: uint8 (N, C, H, W), or PackedImages. A single image, uint8 (C, H, W) or of Pillow, gives a list of (C,
+        size, size).
+        index: (N,), the images' numbers in their data set. With (seed, epoch) they decide what is drawn, whatever else
+        is in the batch; without them, numbers are drawn from torch's global generator, which a DataLoader seeds in
+        each of its workers.
         """
-        if len(images) > BLOCK:
-            shape, last = (len(images), *self.shape), torch.channels_last
-            views = [torch.empty(shape, device=images.device, memory_format=last) for _ in range(2)]
-            for i, block in enumerate(images.split(BLOCK)):
-                for view, drawn in zip(views, self(block, (*key, i)), strict=True):
-                    view.split(BLOCK)[i].copy_(drawn)
-            return views[0], views[1]
-        x = images.float().div_(255)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of(key))
-            x = self.steps(x.repeat(2, 1, 1, 1)) if self.second is None else torch.cat([self.steps(x), self.second(x)])
-        view1, view2 = normalise(x).chunk(2)
-        return view1, view2
+        if not isinstance(images, PackedImages) and (not isinstance(images, Tensor) or images.dim() == 3):
+            return [view[0] for view in self(_as_tensor(images)[None], index, epoch)]
+        if index is None:
+            index = torch.randint(2**62, (len(images),))
+        elif index.shape != (len(images),):
+            raise ValueError(f"index: got shape {tuple(index.shape)}, allowed: ({len(images)},), one for each image")
+        height, width = sizes_of(images)
+        views: dict[int, Tensor] = {}
+        for size in dict.fromkeys(self.sizes):
+            numbers = [number for number, own in enumerate(self.sizes) if own == size]
+            params = [
+                sample_view_params(index, height, width, self.policies[number], size=size, seed=self.seed, epoch=epoch,
+                                   view=number)
+                for number in numbers
+            ]  # fmt: skip
+            on_device = torch.cat(params).to(images.device, non_blocking=True)
+            made = two_views(images, on_device, size, **self.options)
+            views |= dict(zip(numbers, made.chunk(len(numbers)), strict=True))
+        return tuple(views[number] for number in range(len(self.sizes)))
 
 
-def _steps(policy: Policy, size: int, channels: int) -> nn.Sequential:
-    K = require("kornia.augmentation", "the augmentations")
-    colour, s = channels == 3, policy.strength
-    kernel = max(3, size // 20 * 2 + 1)
-    jitter = (0.8 * s, 0.8 * s, policy.saturation * s * colour, policy.hue * s * colour)
-    steps = [
-        K.RandomRotation(policy.rotate, p=1.0) if policy.rotate else None,
-        # Resampling by an affine grid: on a GPU slicing would fetch each image's box to the host.
-        K.RandomResizedCrop((size, size), scale=policy.crop_area, cropping_mode="resample"),
-        K.RandomHorizontalFlip(policy.flip) if policy.flip else None,
-        K.ColorJitter(*jitter, p=policy.jitter) if s else None,
-        K.RandomGrayscale(p=policy.gray) if policy.gray and colour else None,
-        K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=policy.blur) if policy.blur else None,
-        K.RandomSolarize(0.0, 0.0, p=policy.solarize) if policy.solarize else None,
-    ]
-    return nn.Sequential(*(step for step in steps if step is not None))
+def _as_tensor(image: Any) -> Tensor:
+    """An image of Pillow as uint8 (C, H, W); grey ones keep their one channel."""
+    if isinstance(image, Tensor):
+        return image
+    if not hasattr(image, "convert"):
+        raise TypeError(
+            f"images: got {type(image).__name__}, allowed: a uint8 tensor (N, C, H, W) or (C, H, W), PackedImages, or "
+            "an image of Pillow"
+        )
+    pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
 def seed_of(key: tuple[int, ...]) -> int:
