@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from benches import common
 from ssl_fast import CachedStep, SimCLR, accelerate
-from ssl_fast.augment import POLICIES, TwoViews
+from ssl_fast.augment import TwoViews
 from ssl_fast.backbones import ConvNet
 from ssl_fast.data import load_data
 from ssl_fast.demo import dense_nt_xent
@@ -174,17 +174,17 @@ def gradient(network: SimCLR, views: tuple[Tensor, Tensor], micro_batch: int) ->
 
 def cosines(batch: int, sizes: tuple[int, ...], trained: int) -> list[common.Row]:
     """Of the gradient against that of the whole batch, for a random network and one after some steps."""
-    data, draw = load_data("digits"), TwoViews(POLICIES["digits"], 8, 1)
+    data, draw = load_data("digits"), TwoViews("digits", 8, seed=1)
     network, rows = digits_network(), []
     optimizer = torch.optim.SGD(network.parameters(), lr=0.06 * batch / 256, momentum=0.9)
     for after in (0, trained):
         for step in range(after):
             optimizer.zero_grad()
-            network(*draw(data.train.images[:batch], key=(1, step))).backward()
+            network(*draw(data.train.images[:batch], torch.arange(batch), 2 + step)).backward()
             optimizer.step()
-        views = draw(data.train.images[:batch], key=(0,))
+        views = draw(data.train.images[:batch], torch.arange(batch), 0)
         whole = gradient(network, views, batch)
-        other = gradient(network, draw(data.train.images[:batch], key=(2,)), batch)
+        other = gradient(network, draw(data.train.images[:batch], torch.arange(batch), 1), batch)
         row: common.Row = {"steps before": after, "other views": F.cosine_similarity(whole, other, dim=0).item()}
         for size in sizes:
             row[f"{size}"] = F.cosine_similarity(whole, gradient(network, views, size), dim=0).item()

@@ -3,6 +3,7 @@
 #include "two_views.h"
 
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -10,6 +11,8 @@
 #endif
 
 #pragma GCC diagnostic ignored "-Wpsabi"
+
+#define SSL_FAST_LAMBDA __attribute__((always_inline))
 
 namespace ssl_fast::two_views {
 namespace {

@@ -108,7 +108,7 @@ struct Filter {
 
 // Offsets in floats into a thread's work space, for the largest view of a call.
 struct Space {
-  int64_t padded, columns, column_weights, row_weights, source, ring, buffer, line, blur, total;
+  int64_t padded, columns, column_weights, row_weights, rows, source, ring, buffer, line, blur, total;
 
   Space(int64_t channels, int64_t size, int64_t height, int64_t width, bool whole_view)
       : padded(round_up(size, 16)) {
@@ -117,7 +117,8 @@ struct Space {
     const auto take = [&](int64_t count) { return std::exchange(at, at + round_up(count, 16)); };
     columns = take(padded);
     column_weights = take(padded * across);
-    row_weights = take(down);
+    row_weights = take(std::max(down, 2 * size));
+    rows = take(std::max(down, 2 * size) * static_cast<int64_t>(sizeof(float*) / sizeof(float)));
     source = take(channels * (width + across + kPad));
     ring = take(channels * padded * down);
     buffer = take(channels * padded * (whole_view ? size : 1));

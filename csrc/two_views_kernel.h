@@ -117,23 +117,42 @@ void store_row(const View& view, const Output& output, const float* row, int64_t
   }
 }
 
-// out[i] = sum of weights[|d|] * at(d)[i] for |d| <= radius.
-template <class At>
-SSL_FAST_INLINE V symmetric(const float* weights, int64_t radius, const At& at) {
-  V sum = weights[0] * load(at(0));
-  for (int64_t d = 1; d <= radius; ++d) sum += weights[d] * (load(at(-d)) + load(at(d)));
-  return sum;
+// Calls f with the number of vectors to take at a time, several while they last: their sums do not wait for each other.
+template <class F>
+SSL_FAST_INLINE void in_vectors(int64_t length, const F& f) {
+  constexpr int kVectors = 4;
+  int64_t i = 0;
+  for (; i + kVectors * kLanes <= length; i += kVectors * kLanes) f(i, std::integral_constant<int, kVectors>{});
+  for (; i < length; i += kLanes) f(i, std::integral_constant<int, 1>{});
 }
 
-// A plane's row convolved in place; reflected at the borders, which are not repeated. line: size + 2 radius + kPad.
+// out = sum of weights[t] * rows[t], t < count; `length` a multiple of kLanes.
+SSL_FAST_INLINE void weighted_sum(const float* weights, const float* const* rows, int64_t count, int64_t length, float* out) {
+  in_vectors(length, [&](int64_t i, auto vectors) SSL_FAST_LAMBDA {
+    V sum[vectors];
+    for (int v = 0; v < vectors; ++v) sum[v] = weights[0] * load(rows[0] + i + v * kLanes);
+    for (int64_t t = 1; t < count; ++t)
+      for (int v = 0; v < vectors; ++v) sum[v] += weights[t] * load(rows[t] + i + v * kLanes);
+    for (int v = 0; v < vectors; ++v) store(out + i + v * kLanes, sum[v]);
+  });
+}
+
+// A plane's row convolved in place with weights[|d|], |d| <= radius; reflected at the borders, which are not repeated.
+// line: padded + 2 radius.
 SSL_FAST_INLINE void blur_row(const float* weights, int64_t radius, float* row, int64_t size, float* line) {
   for (int64_t i = 0; i < size; i += kLanes) store(line + radius + i, load(row + i));
   for (int64_t d = 1; d <= radius; ++d) {
     line[radius - d] = row[d];
     line[radius + size - 1 + d] = row[size - 1 - d];
   }
-  for (int64_t i = 0; i < size; i += kLanes)
-    store(row + i, symmetric(weights, radius, [&](int64_t d) { return line + radius + i + d; }));
+  in_vectors(round_up(size, kLanes), [&](int64_t i, auto vectors) SSL_FAST_LAMBDA {
+    const float* const at = line + radius + i;
+    V sum[vectors];
+    for (int v = 0; v < vectors; ++v) sum[v] = weights[0] * load(at + v * kLanes);
+    for (int64_t d = 1; d <= radius; ++d)
+      for (int v = 0; v < vectors; ++v) sum[v] += weights[d] * (load(at + v * kLanes - d) + load(at + v * kLanes + d));
+    for (int v = 0; v < vectors; ++v) store(row + i + v * kLanes, sum[v]);
+  });
 }
 
 // A row of the crop as C planes of 0 to 255.
@@ -231,6 +250,7 @@ void make_view(const Image& image, const View& view, const Output& output, const
 
   float* const ring = work + space.ring;
   float* const row_weights = work + space.row_weights;
+  auto** const rows = reinterpret_cast<const float**>(work + space.rows);
   int64_t filtered = 0;
   double gray = 0;
   for (int64_t y = 0; y < size; ++y) {
@@ -242,11 +262,8 @@ void make_view(const Image& image, const View& view, const Output& output, const
                    ring + filtered % down.taps * planes + c * padded);
     }
     float* const row = buffer + (waits ? y * planes : 0);
-    for (int64_t i = 0; i < planes; i += kLanes) {
-      V v{};
-      for (int64_t t = 0; t < count; ++t) v += row_weights[t] * load(ring + (first + t) % down.taps * planes + i);
-      store(row + i, v);
-    }
+    for (int64_t t = 0; t < count; ++t) rows[t] = ring + (first + t) % down.taps * planes;
+    weighted_sum(row_weights, rows, count, planes, row);
     gray += colour_row<C>(view, 0, view.before, row, padded, 0, view.contrast);
     if (!view.contrast) finished(row, y);
   }
@@ -258,13 +275,14 @@ void make_view(const Image& image, const View& view, const Output& output, const
     }
   }
   if (!radius) return;
+  for (int64_t d = 0; d < radius; ++d) row_weights[d] = row_weights[2 * radius - d] = blur[radius - d];
+  row_weights[radius] = blur[0];
   for (int64_t y = 0; y < size; ++y) {
-    const auto row_at = [&](int64_t d) {
+    for (int64_t d = -radius; d <= radius; ++d) {
       const int64_t at = std::abs(y + d);
-      return buffer + (at < size ? at : 2 * size - 2 - at) * planes;
-    };
-    for (int64_t i = 0; i < planes; i += kLanes)
-      store(line + i, symmetric(blur, radius, [&](int64_t d) { return row_at(d) + i; }));
+      rows[radius + d] = buffer + (at < size ? at : 2 * size - 2 - at) * planes;
+    }
+    weighted_sum(row_weights, rows, 2 * radius + 1, planes, line);
     store_row<C>(view, output, line, padded, out + y * size * C);
   }
 }

@@ -15,7 +15,7 @@ def require(module: str, purpose: str, extra: str = "train") -> Any:
         ImportError: naming the purpose, the package and the pip command, where the module is not installed.
 
     Example:
-        >>> kornia = require("kornia.augmentation", "the augmentations")
+        >>> yaml = require("yaml", "ssl_fast.train")
     """
     root = module.split(".")[0]
     try:

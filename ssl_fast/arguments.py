@@ -24,7 +24,7 @@ def method_arguments(method: str) -> dict[str, inspect.Parameter]:
 
 def check_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """Check the arguments of `train` and return them as args.yaml holds them."""
-    for module in ("yaml", "tqdm", "matplotlib", "kornia"):
+    for module in ("yaml", "tqdm", "matplotlib"):
         require(module, "ssl_fast.train")
     config = {k: v for k, v in given.items() if k not in ("out", "resume", "overwrite", "method_args")}
     extra, known = given["method_args"], method_arguments(given["method"])

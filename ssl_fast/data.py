@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ssl_fast._extras import nearest, require
 from ssl_fast.augment import seed_of
-from ssl_fast.folder import ImageFiles, find_images
+from ssl_fast.folder import ImageFiles, WholeImages, find_images
+from ssl_fast.ops.two_views import PackedImages
 
 NAMES = ("digits", "fashion_mnist", "cifar10", "stl10")
 CACHE = Path(os.environ.get("SSL_FAST_DATA", "~/.cache/ssl_fast")).expanduser()
@@ -101,11 +102,12 @@ class Loader:
     """Batches of a split on a device: `for images, indices in loader(batches)`.
 
     In memory: indexed where they are, and kept on the device when they take less than 1 GiB. Files: decoded by
-    `num_workers` processes ahead of the training. Yields uint8 images (B, C, H, W) and the indices (B,) of the images
-    delivered, which differ from those asked for where a file could not be read.
+    `num_workers` processes ahead of the training, to squares, or `whole` and packed. Yields uint8 images, (B, C, H, W)
+    or PackedImages, and the indices (B,) of the images delivered, which differ from those asked for where a file could
+    not be read.
     """
 
-    def __init__(self, split: Split, device: torch.device, num_workers: int = 0) -> None:
+    def __init__(self, split: Split, device: torch.device, num_workers: int = 0, whole: bool = False) -> None:
         self.device, self.images = device, split.images
         if isinstance(self.images, Tensor):
             if self.images.nbytes < 2**30:
@@ -113,16 +115,17 @@ class Loader:
             return
         self._batches: list[list[int]] = []
         self._loader = torch.utils.data.DataLoader(
-            self.images,
+            WholeImages(self.images) if whole else self.images,
             batch_sampler=self._batches,
             num_workers=num_workers,
+            collate_fn=_pack if whole else None,
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else each epoch would draw a seed from the run's global generator
         )
 
-    def __call__(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def __call__(self, batches: list[Tensor]) -> Iterator[tuple[Tensor | PackedImages, Tensor]]:
         if isinstance(self.images, Tensor):
             for indices in batches:
                 images = self.images[indices.to(self.images.device)]
@@ -132,6 +135,11 @@ class Loader:
         for images, indices in self._loader:
             self.images.report(indices)
             yield images.to(self.device, non_blocking=True), indices[:, 1]
+
+
+def _pack(items: list[tuple[Tensor, Tensor]]) -> tuple[PackedImages, Tensor]:
+    images, indices = zip(*items, strict=True)
+    return PackedImages.of(images), torch.stack(indices)
 
 
 def _start_worker(worker: int) -> None:
@@ -239,7 +247,7 @@ def _folder(root: Path, size: int) -> ImageData:
     parts = {p.name: p for p in root.iterdir() if p.is_dir()}
     test_root = next((parts[n] for n in ("test", "val", "valid") if n in parts), None) if "train" in parts else None
     files, labels, classes = find_images(parts["train"] if test_root else root)
-    stored = round(size * 8 / 7)  # 256 for 224: room for the crops
+    stored = round(size * 8 / 7)  # 256 for 224
     everything, notes = ImageFiles(files, stored), [f"{len(files)} images of {len(classes) or 'no'} classes in {root}"]
     train = Split(everything, labels)
     test = None

@@ -62,12 +62,16 @@ class ImageFiles(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.get(index)
+
+    def get(self, index: int, whole: bool = False) -> tuple[Tensor, Tensor]:
+        """An item; `whole` as in WholeImages."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         for offset in range(min(len(self), TRIES)):
             used = (index + offset) % len(self)
             try:
-                return self._decode(self.files[used]), torch.tensor([index, used])
+                return self._decode(self.files[used], whole), torch.tensor([index, used])
             except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged files
                 reason = error
         raise ValueError(
@@ -75,15 +79,16 @@ class ImageFiles(torch.utils.data.Dataset):
             "remove the files that are not images"
         )
 
-    def _decode(self, path: Path) -> Tensor:
+    def _decode(self, path: Path, whole: bool) -> Tensor:
         with require("PIL.Image", "decoding images").open(path) as image:
             image.draft("RGB", (self.size, self.size))  # a JPEG decodes at 1/2, 1/4 or 1/8 where that is large enough
-            image = self._ops.fit(self._ops.exif_transpose(image).convert("RGB"), (self.size, self.size))
-        return (
-            torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-            .view(self.size, self.size, 3)
-            .permute(2, 0, 1)
-        )
+            image = self._ops.exif_transpose(image).convert("RGB")
+            if not whole:
+                image = self._ops.fit(image, (self.size, self.size))
+            elif (factor := min(image.size) // self.size) > 1:
+                image = image.reduce(factor)
+        width, height = image.size
+        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
 
     def report(self, indices: Tensor) -> None:
         """Warn of each file that was replaced in a batch of (asked, delivered) indices, once in the run."""
@@ -96,3 +101,17 @@ class ImageFiles(torch.utils.data.Dataset):
         """Decode a few images now, so that a folder of broken files fails before the training."""
         for index in range(0, len(self), max(1, len(self) // 8)):
             self.report(self[index][1].unsqueeze(0))
+
+
+class WholeImages(torch.utils.data.Dataset):
+    """Those images as uint8 (3, H, W), each in its own shape, for crops; averaged over whole pixels to a shorter side
+    below twice ImageFiles' where it is longer."""
+
+    def __init__(self, images: ImageFiles) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images.get(index, whole=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_fast._extras import require
-from ssl_fast.augment import MEAN_STD
+from ssl_fast.ops.two_views import MEAN_STD, PackedImages
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
@@ -49,13 +49,16 @@ def pca(features: Tensor) -> Tensor:
     return centred @ axes.T
 
 
-def plot_views(images: Tensor, view1: Tensor, view2: Tensor, path: Path, columns: int = 8) -> None:
+def plot_views(
+    images: Tensor | PackedImages, view1: Tensor, view2: Tensor, path: Path, columns: int = 8
+) -> None:
     """The first images (uint8) of a batch above their two views (normalised floats)."""
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in MEAN_STD[images.shape[1]])
-    rows = [images[:columns].cpu().float() / 255] + [v[:columns].cpu().float() * std + mean for v in (view1, view2)]
-    side = view1.shape[-1]
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in MEAN_STD[view1.shape[1]])
+    side, count = view1.shape[-1], min(columns, len(images))
+    first = [F.interpolate(images[i][None].cpu().float() / 255, (side, side)) for i in range(count)]
+    rows = [torch.cat(first)] + [(v[:count].cpu().float() * std + mean).clamp(0, 1) for v in (view1, view2)]
     gap = (side // 16 + 1,) * 4
-    tiles = [F.pad(F.interpolate(row.clamp(0, 1), (side, side)), gap, value=1.0) for row in rows]  # (n, C, S, S) each
+    tiles = [F.pad(row, gap, value=1.0) for row in rows]  # (n, C, S, S) each
     mosaic = torch.cat([torch.cat(list(row), 2) for row in tiles], 1).permute(1, 2, 0)
     figure, axis = _figure((1.2 * len(rows[0]) + 0.8, 3.8))
     axis.imshow(mosaic.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)

@@ -22,6 +22,7 @@ from ssl_fast.cached import checkpoint_stages as checkpointed
 from ssl_fast.data import ImageData, Loader, epoch_batches, load_data
 from ssl_fast.evaluate import embedding_std, encode, folded, knn_on
 from ssl_fast.methods import METHODS, Method
+from ssl_fast.ops.two_views import PackedImages
 from ssl_fast.optim import SCHEDULES, build_optimizer
 from ssl_fast.plots import plot_curves, plot_pca, plot_views
 from ssl_fast.progress import Interruption, Progress, Stopwatch
@@ -68,7 +69,8 @@ def train(
 
     A run is a function of its arguments: an interrupted one continues with the same arguments and resume=True, and
     ends with the weights and metrics of an unbroken one (to the bit on a CPU with as many threads; on a GPU as far as
-    its convolutions are deterministic). Data order and augmentation depend on (seed, epoch, step) alone.
+    its convolutions are deterministic). The order of the data depends on (seed, epoch), and a view on (seed, epoch, image)
+    alone, however many processes share the batch.
 
     Started by torchrun, the processes share each batch, and the loss is that of all of it; batch norm sees all of it
     too, but in MoCo, whose method wants it apart. The first process alone writes.
@@ -148,7 +150,7 @@ def train(
     network.check_batch(local_batch)
     network.to(memory_format=torch.channels_last)
     norms = [accelerated(network, trace=False).summary] if accelerate else []
-    views = TwoViews(_policy(augment, recipe, images), images.size, images.channels)
+    views = TwoViews(_policy(augment, recipe, images), images.size, seed=seed)
     optimizer = recipe.optimizer if optimizer == "auto" else optimizer
     if optimizer == recipe.optimizer:
         lr = recipe.lr * batch_size / 256 if lr is None and recipe.lr else lr
@@ -213,8 +215,8 @@ def train(
                 measure_knn()  # the random encoder, which the curve starts from
             network.train()
             watch.restart()
-            for epoch, batch in watch.waiting(_batches(images, team, workers, batch_size, seed, step, epochs)):
-                view1, view2 = views(batch, key=(seed, epoch, step, team.rank)[: 3 + (team.world > 1)])
+            for epoch, batch, indices in watch.waiting(_batches(images, team, workers, batch_size, seed, step, epochs)):
+                view1, view2 = views(batch, indices, epoch)
                 if step == 0 and team.leads:
                     plot_views(batch, view1, view2, run.plots / "views.png")
                 factor = factor_of(step, total, warmup)
@@ -271,14 +273,14 @@ def train(
 
 def _batches(
     images: ImageData, team: Team, workers: int, batch_size: int, seed: int, step: int, epochs: int
-) -> Iterator[tuple[int, Tensor]]:
-    """(epoch, uint8 images) of every step from `step` on: this process's share of the batch."""
-    loader, n = Loader(images.train, team.device, workers), len(images.train)
+) -> Iterator[tuple[int, Tensor | PackedImages, Tensor]]:
+    """(epoch, uint8 images, their indices) of every step from `step` on: this process's share of the batch."""
+    loader, n = Loader(images.train, team.device, workers, whole=True), len(images.train)
     first, done = divmod(step, n // batch_size)
     for epoch in range(first, epochs):
         batches = epoch_batches(n, batch_size, seed, epoch)[done:]
-        for batch, _ in loader([indices.chunk(team.world)[team.rank] for indices in batches]):
-            yield epoch, batch
+        for batch, indices in loader([indices.chunk(team.world)[team.rank] for indices in batches]):
+            yield epoch, batch, indices
         done = 0
 
 
