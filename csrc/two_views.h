@@ -35,10 +35,10 @@ struct View {
   int count = 0, before = 0;  // steps; those before contrast
   bool contrast = false;
   float sigma, solarize;
-  int64_t radius;  // of the blur; 0: none
+  int64_t radius = 0;  // of the blur; 0: none
 
   View(const float* p, const Image& image, int64_t channels, int64_t size) {
-    const auto within = [](float x, double low, double high) {
+    const auto within = [](double x, double low, double high) {
       return static_cast<int64_t>(std::isfinite(x) ? std::min(std::max<double>(x, low), high) : low);
     };
     top = within(p[kTop], 0, static_cast<double>(image.height - 1));
@@ -62,9 +62,9 @@ struct View {
     if (p[kGray] != 0 && channels == 3) add({Step::kGray, 0});
     if (!contrast) before = count;
     sigma = p[kSigma];
-    radius = sigma > 0 && std::isfinite(sigma) ? std::min(within(p[kKernel], 1, 1e6) / 2, size - 1) : 0;
     constexpr double kNegligible = 5;  // deviations: a weight of 4e-6
-    radius = std::min(radius, static_cast<int64_t>(std::ceil(std::min(kNegligible * sigma, 1e6))));
+    if (sigma > 0 && std::isfinite(sigma))
+      radius = std::min({within(p[kKernel], 1, 1e6) / 2, within(std::ceil(kNegligible * sigma), 1, 1e6), size - 1});
     solarize = p[kSolarize];
   }
 
