@@ -3,6 +3,7 @@
 from ssl_fast import functional, nn
 from ssl_fast._op import backend
 from ssl_fast.accelerate import accelerate
+from ssl_fast.augment import TwoViews
 from ssl_fast.cached import CachedStep, cached_step, checkpoint_stages
 from ssl_fast.fold import fold_conv_bn
 from ssl_fast.methods import BarlowTwins, MoCo, SimCLR
@@ -27,6 +28,7 @@ __all__ = [
     "NTXentLoss",
     "SimCLR",
     "SupConLoss",
+    "TwoViews",
     "accelerate",
     "backend",
     "cached_step",

@@ -7,6 +7,7 @@ from ssl_fast.ops.info_nce import clip, info_nce, sup_con
 from ssl_fast.ops.instance_norm import instance_norm
 from ssl_fast.ops.layer_norm import layer_norm
 from ssl_fast.ops.nt_xent import nt_xent
+from ssl_fast.ops.two_views import two_views
 
 __all__ = [
     "barlow_twins",
@@ -19,4 +20,5 @@ __all__ = [
     "layer_norm",
     "nt_xent",
     "sup_con",
+    "two_views",
 ]
