@@ -15,7 +15,7 @@ import triton.language as tl
 from ssl_fast.kernels._common import rounded
 from torch import Tensor
 
-PIXELS = 512  # of a program
+PIXELS = 256  # of a program
 COLUMNS = tl.constexpr(15)  # of a row of parameters: COLUMNS of ssl_fast/ops/two_views.py
 SUMS = tl.constexpr(128)  # that are added at a time
 
@@ -173,7 +173,9 @@ def _resample_kernel(
             total += weight
             taken = live & (weight > 0)
             if angle == 0:
-                r += weight * _byte(image_ptr, top + from_y, left + from_x, height, width, row_stride, pixel_stride, taken)
+                r += weight * _byte(
+                    image_ptr, top + from_y, left + from_x, height, width, row_stride, pixel_stride, taken
+                )
                 if C == 3:
                     p = image_ptr + plane
                     g += weight * _byte(p, top + from_y, left + from_x, height, width, row_stride, pixel_stride, taken)
@@ -189,7 +191,7 @@ def _resample_kernel(
                         g += value
                     else:
                         b += value
-    scale = 1 / (255 * total)
+    scale = 1 / (255 * tl.where(total > 0, total, 1.0))
     r, g, b = _steps(r * scale, g * scale, b * scale, params_ptr, 0.0, False, C)
     gray = tl.sum(tl.where(live, _gray(r, g, b, C), 0.0))
     tl.store(sums_ptr + view * tl.num_programs(1) + tile, gray)

@@ -254,9 +254,7 @@ class TwoViews(nn.Module):
         self.seed, self.options = seed, {"mean": mean, "std": std, "dtype": dtype}
 
     @torch.no_grad()
-    def forward(
-        self, images: Any, index: Tensor | None = None, epoch: int = 0
-    ) -> tuple[Tensor, ...] | list[Tensor]:
+    def forward(self, images: Any, index: Tensor | None = None, epoch: int = 0) -> tuple[Tensor, ...] | list[Tensor]:
         """The views of a batch, each (N, C, size, size), channels_last, on the images' device.
 
         images: uint8 (N, C, H, W), or PackedImages. A single image, uint8 (C, H, W) or of Pillow, gives a list of (C,

@@ -49,9 +49,7 @@ def pca(features: Tensor) -> Tensor:
     return centred @ axes.T
 
 
-def plot_views(
-    images: Tensor | PackedImages, view1: Tensor, view2: Tensor, path: Path, columns: int = 8
-) -> None:
+def plot_views(images: Tensor | PackedImages, view1: Tensor, view2: Tensor, path: Path, columns: int = 8) -> None:
     """The first images (uint8) of a batch above their two views (normalised floats)."""
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in MEAN_STD[view1.shape[1]])
     side, count = view1.shape[-1], min(columns, len(images))

@@ -156,6 +156,23 @@ def launch_conv_bn(module, complete):
     module.conv_bn_fold_([weight, vector, count], [weight, vector, count], [vector] * 4, [1e-5], [0])
 
 
+def launch_two_views(module, complete):
+    """Views of a batch in both formats and of packed images, in each dtype and of either number of channels."""
+    import torch
+
+    table = torch.zeros(2, 3, dtype=torch.int64)
+    flat, params = torch.zeros(4096, dtype=torch.uint8), torch.zeros(4, 15)
+    cases = [(torch.bfloat16, 3, 224), (torch.float32, 1, 28)]
+    if complete:
+        cases = [
+            (d, c, s) for d in (torch.float32, torch.bfloat16, torch.float16) for c in (1, 3) for s in (8, 32, 224)
+        ]
+    for dtype, channels, size in cases:
+        batch = torch.zeros(2, channels, 16, 16, dtype=torch.uint8)
+        for images, rows in ((batch, None), (batch.contiguous(memory_format=torch.channels_last), None), (flat, table)):
+            module.two_views(images, rows, params, channels, size, [0.5] * channels, [0.25] * channels, dtype)
+
+
 LAUNCHES = {
     "nt_xent": launch_nt_xent,
     "info_nce": launch_info_nce,
@@ -163,6 +180,7 @@ LAUNCHES = {
     "batch_norm": launch_batch_norm,
     "layer_norm": launch_layer_norm,
     "conv_bn": launch_conv_bn,
+    "two_views": launch_two_views,
 }
 
 

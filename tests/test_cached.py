@@ -33,7 +33,6 @@ from ssl_fast import (  # noqa: E402
     CLIPLoss,
     InfoNCE,
     NTXentLoss,
-    augment,
     cached_step,
     checkpoint_stages,
 )
@@ -462,19 +461,6 @@ def test_train_finds_a_micro_batch_and_checkpoints_stages(tmp_path, caplog):
         settings = {**QUICK, "epochs": 1, "model": "convnet", "micro_batch": "auto", "accelerate": True}
         train(tmp_path / "free", checkpoint_stages=True, **settings)
         assert "micro_batch=auto: the whole batch of 360 rows" in caplog.text
-
-
-def test_large_batches_are_augmented_in_blocks(monkeypatch):
-    monkeypatch.setattr(augment, "BLOCK", 4)
-    draw, images = augment.TwoViews(augment.POLICIES["simclr"], 8), torch.randint(256, (10, 3, 9, 9)).byte()
-    whole = draw(images, key=(1, 2))
-    assert all(view.shape == (10, 3, 8, 8) for view in whole)
-    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in whole)
-    for i, block in enumerate(images.split(4)):
-        for view, drawn in zip(whole, draw(block, key=(1, 2, i)), strict=True):
-            assert torch.equal(view.split(4)[i], drawn)
-    view, _ = draw(images[:1].repeat(8, 1, 1, 1), key=(1, 2))
-    assert not torch.equal(view[:4], view[4:])  # each block has a key of its own
 
 
 @pytest.mark.parametrize(

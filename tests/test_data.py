@@ -224,34 +224,29 @@ def images_of(channels, n=6, size=16):
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_views_depend_on_the_key_alone(name, channels):
-    views, images = TwoViews(POLICIES[name], 12, channels), images_of(channels)
-    state = torch.get_rng_state()
-    view1, view2 = views(images, (0, 1, 2))
-    torch.rand(3)
-    again = views(images, (0, 1, 2))
+def test_every_policy_makes_two_views(name, channels):
+    images = images_of(channels)
+    view1, view2 = TwoViews(name, 12)(images, torch.arange(6))
     assert view1.shape == (6, channels, 12, 12) and view1.dtype == torch.float32 and view1.isfinite().all()
-    assert torch.equal(view1, again[0]) and torch.equal(view2, again[1])
-    assert not torch.equal(view1, view2) and not torch.equal(view1, views(images, (0, 1, 3))[0])
-    torch.set_rng_state(state)
-    views(images, (0, 1, 2))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_parameters_are_drawn_for_each_image():
-    image = images_of(3, n=1).repeat(16, 1, 1, 1)
-    view1, _ = TwoViews(POLICIES["simclr"], 16)(image, (0, 0, 0))
-    assert len({tuple(v.flatten().tolist()) for v in view1}) == 16
+    assert not torch.equal(view1, view2)
 
 
 def test_policy_without_any_change_is_the_plain_view():
-    nothing = Policy(crop_area=(1.0, 1.0), flip=0.0, strength=0.0, gray=0.0, blur=0.0)
-    views = TwoViews(nothing, 16)
-    assert len(views.steps) == 1  # the crop, which would still draw an aspect ratio
-    views.steps = torch.nn.Sequential()
+    nothing = Policy(crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, strength=0.0, gray=0.0, blur=0.0)
     images = images_of(3)
-    for view in views(images, (0, 0, 0)):
-        assert torch.equal(view, plain_view(images, 16))
+    for view in TwoViews(nothing, 16)(images):
+        torch.testing.assert_close(view, plain_view(images, 16), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_whole_images_of_a_folder_are_packed(tmp_path, workers):
+    save_images(tmp_path, 3, size=(40, 30)), save_images(tmp_path / "more", 2, colour=9, size=(90, 200))
+    files, _, _ = find_images(tmp_path)
+    (packed, indices), _ = Loader(data_module.Split(ImageFiles(files, 30)), CPU, workers, whole=True)(in_order(5, 4))
+    assert indices.tolist() == [0, 1, 2, 3] and len(packed) == 4
+    assert [tuple(packed[i].shape) for i in range(4)] == [(3, 30, 40)] * 3 + [(3, 67, 30)]  # 200 x 90 by 3
+    assert packed[2][:, 5, 7].tolist() == [0, 2, 100] and packed[3][:, -1, -1].tolist() == [9, 0, 100]
+    assert all(view.shape == (4, 3, 16, 16) for view in TwoViews("simclr", 16)(packed, indices))
 
 
 def test_plain_view_is_normalised_and_resized():

@@ -278,7 +278,11 @@ def two_views(
     _check_params(params, images, size)
     mean, std = (list(own or default) for own, default in zip((mean, std), MEAN_STD[channels], strict=True))
     for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels or not all(abs(v) < math.inf for v in values) or (name == "std" and min(values) <= 0):
+        if (
+            len(values) != channels
+            or not all(abs(v) < math.inf for v in values)
+            or (name == "std" and min(values) <= 0)
+        ):
             positive = ", above 0" if name == "std" else ""
             raise ValueError(f"{name}: got {values}, allowed: {channels} finite numbers{positive}, one a channel")
     if isinstance(images, PackedImages):
