@@ -19,7 +19,7 @@ Rows = list[dict[str, str]]
 
 LOSSES = {"nt_xent": "NT-Xent", "info_nce": "InfoNCE, queue", "clip": "CLIP", "sup_con": "SupCon"}
 NORMS = {"batch_norm": "", "layer_norm": "LN ", "instance_norm": "IN "}  # the shapes of batch norm name it
-STEPS = {"ema": "EMA", "moco": "MoCo step", "accelerate": "training step"}
+STEPS = {"ema": "EMA", "moco": "MoCo step", "accelerate": "training step", "two_views": "views"}
 
 
 def rows_of(*ops: str) -> Rows:

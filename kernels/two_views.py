@@ -1,6 +1,6 @@
-"""Views in Triton, three launches: the crop resampled and the colour steps before contrast, with sums of grey values; the
-other colour steps, and the rows of a blur; the columns of a blur. A program owns pixels of one view; views without a blur
-are done after the second.
+"""Views in Triton, in three launches: the crop resampled, with the colour steps before contrast and sums of grey
+values; the other colour steps, and the rows of a blur; the columns of a blur. A program owns pixels of one view; views
+without a blur are done after the second.
 
 What a step has to see whole, contrast a view and a blur its rows, waits in fp32 planes between the launches.
 """
@@ -183,8 +183,9 @@ def _resample_kernel(
                     b += weight * _byte(p, top + from_y, left + from_x, height, width, row_stride, pixel_stride, taken)
             else:
                 for c in tl.static_range(C):
-                    value = weight * _turned(image_ptr + c * plane, top + from_y, left + from_x, sine, cosine, height, width,
-                                             row_stride, pixel_stride, taken)  # fmt: skip
+                    p = image_ptr + c * plane
+                    value = weight * _turned(p, top + from_y, left + from_x, sine, cosine, height, width, row_stride,
+                                             pixel_stride, taken)  # fmt: skip
                     if c == 0:
                         r += value
                     elif c == 1:
@@ -340,8 +341,9 @@ def two_views(
         rows = max(1, 2 * PIXELS // width)
         with torch.cuda.device_of(images):
             _resample_kernel[(V, tiles)](
-                images, on_device, params, planes, sums, N, H, W, size, C=channels, LAST=last, PIXELS=PIXELS
-            )
+                images, on_device, params, planes, sums, N, H, W, size, C=channels, LAST=last, PIXELS=PIXELS,
+                num_warps=8,
+            )  # fmt: skip
             _colour_kernel[(V, triton.cdiv(size, rows))](
                 planes, params, sums, out, size, tiles, *numbers, C=channels, ROWS=rows, WIDTH=width
             )

@@ -1,5 +1,5 @@
-"""Augmented views of images: what a method draws for each, and modules that make them (Chen et al. 2020, section 3, appendix
-A; He et al. 2020; Zbontar et al. 2021). The arithmetic is that of ssl_fast/ops/two_views.py.
+"""Augmented views of images: what a method draws for each, and modules that make them (Chen et al. 2020, section 3,
+appendix A; He et al. 2020; Zbontar et al. 2021). The arithmetic is that of ssl_fast/ops/two_views.py.
 """
 
 from __future__ import annotations

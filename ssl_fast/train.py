@@ -69,8 +69,8 @@ def train(
 
     A run is a function of its arguments: an interrupted one continues with the same arguments and resume=True, and
     ends with the weights and metrics of an unbroken one (to the bit on a CPU with as many threads; on a GPU as far as
-    its convolutions are deterministic). The order of the data depends on (seed, epoch), and a view on (seed, epoch, image)
-    alone, however many processes share the batch.
+    its convolutions are deterministic). The order of the data depends on (seed, epoch), and a view on (seed, epoch,
+    image) alone, however many processes share the batch.
 
     Started by torchrun, the processes share each batch, and the loss is that of all of it; batch norm sees all of it
     too, but in MoCo, whose method wants it apart. The first process alone writes.

@@ -1,4 +1,4 @@
-"""Views against torchvision, step by step and in chains; what is drawn against torchvision's distributions; bad input."""
+"""Views against torchvision, step by step and in chains; what is drawn against its distributions; bad input."""
 
 from __future__ import annotations
 
@@ -315,10 +315,7 @@ def test_views_do_not_depend_on_the_batch_or_the_order():
     for part in (torch.tensor([3]), torch.tensor([6, 2, 0]), torch.arange(7).flip(0)):
         for view, again in zip(whole, draw(images[part], index[part], epoch=2), strict=True):
             assert torch.equal(view[part], again)
-    ranks = [
-        torch.cat(parts)
-        for parts in zip(*(draw(x, i, 2) for x, i in zip(images.chunk(2), index.chunk(2))), strict=True)
-    ]
+    ranks = [torch.cat(parts) for parts in zip(*map(draw, images.chunk(2), index.chunk(2), (2, 2)), strict=True)]
     assert all(torch.equal(a, b) for a, b in zip(whole, ranks, strict=True))
     for other in (
         draw(images, index, 3),

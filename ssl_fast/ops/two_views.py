@@ -1,11 +1,11 @@
-"""Augmented views of uint8 images: SimCLR's transformations (Chen et al. 2020, arXiv 2002.05709, appendix A), each as in
-torchvision.transforms.v2.functional, from bytes to normalised floats in one operator.
+"""Augmented views of uint8 images: SimCLR's transformations (Chen et al. 2020, arXiv 2002.05709, appendix A), each as
+in torchvision.transforms.v2.functional, from bytes to normalised floats in one operator.
 
-What is drawn for a view is a row of COLUMNS, in fp32. The steps, in this order: a rotation about the image's centre; the
-crop, resized with antialiased bilinear filtering; a horizontal flip; brightness, contrast, saturation and hue in the
-order drawn; the colours dropped; a Gaussian blur; what is bright inverted; mean and standard deviation. Between the
-steps pixels are floats from 0 to 1: rounding them to bytes each time, as a chain on uint8 images does, costs precision
-and passes.
+What is drawn for a view is a row of COLUMNS, in fp32. The steps, in this order: a rotation about the image's centre;
+the crop, resized with antialiased bilinear filtering; a horizontal flip; brightness, contrast, saturation and hue in
+the order drawn; the colours dropped; a Gaussian blur; what is bright inverted; mean and standard deviation. Between
+the steps pixels are floats from 0 to 1: rounding them to bytes each time, as a chain on uint8 images does, costs
+precision and passes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class PackedImages:
             raise TypeError(f"data: got {_described(self.data)}, allowed: a flat buffer of torch.uint8")
         if self.table.dtype != torch.int64 or self.table.dim() != 2 or self.table.shape[1] != 3 or self.table.is_cuda:
             raise TypeError(
-                f"table: got {_described(self.table)}, allowed: (N, 3), torch.int64, on the CPU: offsets, heights, widths"
+                f"table: got {_described(self.table)}, allowed: torch.int64 (N, 3) on the CPU: offsets, heights, widths"
             )
         if self.channels not in (1, 3):
             raise ValueError(f"channels: got {self.channels}, allowed: 1, 3")
