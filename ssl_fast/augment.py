@@ -142,10 +142,9 @@ def sample_view_params(
     rows = np.asarray(index.cpu(), dtype=np.int64).astype(np.uint64)
     heights, widths = (np.broadcast_to(np.asarray(side, np.float64), rows.shape) for side in (height, width))
     state = _mix(_mix(rows) + np.uint64(seed_of((seed, epoch, view))))
-    drawn = dict.fromkeys(COLUMNS, np.zeros(len(rows)))
     *box, u = np.split(_uniform(state, 0, 4 + len(COLUMNS)), (1, 2, 3, 4), axis=1)
     names = ("top", "left", "height", "width")
-    drawn |= dict(zip(names, _crops(np.stack(box, 2), heights, widths, policy), strict=True))
+    drawn = dict(zip(names, _crops(np.stack(box, 2), heights, widths, policy), strict=True))
     failed = np.flatnonzero(drawn["width"] == 0)
     if len(failed):
         more = _uniform(state[failed], 64, 4 * (TRIES - 1)).reshape(len(failed), TRIES - 1, 4)
@@ -251,7 +250,7 @@ class TwoViews(nn.Module):
         else:
             self.policies = [policy_named(each) for each in policy]
         self.sizes = [size] * count if isinstance(size, int) else list(size)
-        self.seed, self.options = seed, {"mean": mean, "std": std, "dtype": dtype}
+        self.seed, self.mean, self.std, self.dtype = seed, mean, std, dtype
 
     @torch.no_grad()
     def forward(self, images: Any, index: Tensor | None = None, epoch: int = 0) -> tuple[Tensor, ...] | list[Tensor]:
@@ -279,7 +278,7 @@ class TwoViews(nn.Module):
                 for number in numbers
             ]  # fmt: skip
             on_device = torch.cat(params).to(images.device, non_blocking=True)
-            made = two_views(images, on_device, size, **self.options)
+            made = two_views(images, on_device, size, mean=self.mean, std=self.std, dtype=self.dtype)
             views |= dict(zip(numbers, made.chunk(len(numbers)), strict=True))
         return tuple(views[number] for number in range(len(self.sizes)))
 
