@@ -126,7 +126,7 @@ def test_each_step_is_torchvisions(step, channels, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_chains_in_every_order_are_torchvisions(backend):
-    size, n = 16, 4 if backend == "triton" and INTERPRETED else 96
+    size, n = 16, 4 if backend == "triton" and INTERPRETED else 48
     policy = replace(POLICIES["barlow_twins"].second, crop_area=(0.08, 0.5), blur=0.6, solarize=0.5, jitter=1.0)
     policy = replace(policy, rotate=10.0 * (n > 4))
     images = images_of(3, n=n)
