@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -276,8 +278,14 @@ class Team:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized():
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            store, rank, world = next(dist.rendezvous("env://"))
+            # torchrun keeps one store for all its attempts: one that is started again would find dead addresses there.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            kind = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(kind, store=store, rank=rank, world_size=world)
             self.started = True
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                _end_with_the_launcher()
         self.rank, self.world = rank_and_world()
         self.leads = self.rank == 0
 
@@ -343,3 +351,10 @@ class Team:
         """Take down the group that this has started."""
         if self.started and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _end_with_the_launcher() -> None:
+    """Where torchrun itself is killed its processes would go on, and write beside those that take their place. Linux
+    can end them with it; elsewhere they are left."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -97,7 +97,10 @@ def _of_the_run(given: dict[str, Any], allowed: dict[str, inspect.Parameter]) ->
     """The arguments of the run to resume, so that `out=... resume=true` is enough."""
     if "out" not in given:
         return {}
-    saved = read_args(Path(given["out"]).expanduser())
+    out = Path(given["out"]).expanduser()
+    if given["resume"] == "auto" and not (out / "args.yaml").exists():
+        return {}
+    saved = read_args(out)
     if isinstance(saved["augment"], dict):
         second = saved["augment"].pop("second", None)
         saved["augment"] = Policy(**saved["augment"], second=second and Policy(**second))

@@ -32,10 +32,13 @@ class Run:
     """
 
     def __init__(
-        self, out: str | Path, config: dict[str, Any], resume: bool, overwrite: bool, writes: bool = True
+        self, out: str | Path, config: dict[str, Any], resume: bool | str, overwrite: bool, writes: bool = True
     ) -> None:
+        if resume not in (True, False, "auto"):
+            raise ValueError(f"resume: got {resume!r}, allowed: True, False, 'auto'")
         self.writes = writes
-        self.out, self.config, self.resume, self.overwrite = Path(out).expanduser(), config, resume, overwrite
+        self.out, self.config, self.overwrite = Path(out).expanduser(), config, overwrite
+        self.resume = resume is True or (resume == "auto" and self._is_run())
         self.last = self.out / "checkpoints" / "last.pt"
         self.metrics = self.out / "metrics.jsonl"
         self.plots = self.out / "plots"
@@ -44,7 +47,7 @@ class Run:
             raise ValueError("resume and overwrite: got both, allowed: one of them")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out: {self.out} is a file, allowed: a folder")
-        if resume:
+        if self.resume:
             self._check_resume()
         elif overwrite and self.out.exists() and any(self.out.iterdir()) and not self._is_run():
             raise FileExistsError(

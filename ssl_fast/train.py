@@ -61,7 +61,7 @@ def train(
     log_every: int = 10,
     save_every: int = 0,
     keep_every: int = 0,
-    resume: bool = False,
+    resume: bool | str = False,
     overwrite: bool = False,
     **method_args: Any,
 ) -> dict[str, Any]:
@@ -112,8 +112,9 @@ def train(
         log_every: steps between rows of metrics.jsonl.
         save_every: steps between checkpoints, beside the one at the end of each epoch.
         keep_every: epochs between checkpoints kept as epoch_NNNN.pt; 0 keeps only last.pt.
-        resume: continue the run in `out` from its last checkpoint; only data_dir, device, num_workers and memory may
-            differ. A micro-batch that was found stays.
+        resume: continue the run in `out` from its last checkpoint; only data_dir, device, num_workers, memory and the
+            number of processes may differ. A micro-batch that was found stays. "auto" starts the run where there is
+            none yet: for launchers that start it again, such as torchrun with --max-restarts.
         overwrite: replace the run in `out`.
         method_args: further arguments of the method; for SimCLR head="nonlinear" | "linear" | "none", dim=128,
             temperature=0.5; for Barlow Twins dim=8192, lambda_param=5e-3; for MoCo dim=128, K=65536, m=0.999, T=0.07
@@ -165,7 +166,7 @@ def train(
     warmup = round((min(10, epochs * recipe.warmup) if warmup_epochs is None else warmup_epochs) * steps_per_epoch)
     if not team.leads:  # draws of the network itself, as dropout's, differ between processes
         seed_everything(seed_of((seed, team.rank)))
-    step = _restore(run.saved, network, optim, images, team) if run.saved else 0
+    step = _restore(run.saved, network, optim, images, team, seed) if run.saved else 0
     cached = None
     if micro_batch is not None:
         if not hasattr(network, "cached"):
@@ -311,14 +312,18 @@ def _policy(augment: str | Policy, recipe: Method, images: ImageData) -> Policy:
 
 
 def _restore(
-    saved: dict[str, Any], network: nn.Module, optim: torch.optim.Optimizer, images: ImageData, team: Team
+    saved: dict[str, Any],
+    network: nn.Module,
+    optim: torch.optim.Optimizer,
+    images: ImageData,
+    team: Team,
+    seed: int,
 ) -> int:
-    """Load a checkpoint into a run, and return its step."""
-    if len(saved["rng"]) != team.world:
-        raise ValueError(
-            f"resume: the run was on {len(saved['rng'])} processes, now on {team.world}; start as many, or another run "
-            "in a new folder"
-        )
+    """Load a checkpoint into a run, and return its step.
+
+    On another number of processes the data and the views are the same; draws of the network itself, as dropout's, are
+    other ones.
+    """
     if saved["images"] != len(images.train):
         raise ValueError(
             f"resume: {images.name} had {saved['images']} training images, now {len(images.train)}; "
@@ -326,7 +331,10 @@ def _restore(
         )
     network.load_state_dict(saved["model"])
     optim.load_state_dict(saved["optimizer"])
-    set_rng_state(saved["rng"][team.rank])
+    if len(saved["rng"]) == team.world:
+        set_rng_state(saved["rng"][team.rank])
+    else:
+        seed_everything(seed_of((seed, team.rank, saved["step"])))
     return saved["step"]
 
 

@@ -1,17 +1,20 @@
-"""A run on several processes, started by torchrun or by hand: `python test_torchrun.py RANK WORLD FOLDER`."""
+"""A run on several processes, started by torchrun or by hand: `python test_torchrun.py RANK WORLD FOLDER`; or by
+torchrun as `test_torchrun.py DYING`: which ranks are killed in the middle of the first attempt."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -39,7 +42,7 @@ def worker(rank: int, world: int, folder: Path) -> None:
     train(folder / "simclr", model=model(), epochs=1, **QUICK)
     alone = {**QUICK, "epochs": 2, "head": "linear", "knn_every": 0}  # of rows, each by itself
     for name, micro_batch in (("batch", None), ("parts", 40)):
-        train(folder / name, model=rows(), micro_batch=micro_batch, **alone)
+        train(folder / name, model=rows(), micro_batch=micro_batch, keep_every=1, **alone)
     settings = {**QUICK, **MOCO, "keep_every": 1, "epochs": 2, "knn_every": 0}
     assert train(folder / "moco", model=model(), **settings)["step"] == 6
     assert dist.is_initialized()  # the group is not train's to take down
@@ -54,6 +57,32 @@ def worker(rank: int, world: int, folder: Path) -> None:
         train(folder / "simclr", model=model(), epochs=1, **QUICK)
     dist.barrier()
     dist.destroy_process_group()
+
+
+class Mortal(nn.Module):
+    """Its process is killed in the fifth step of the first attempt, or waits there to be."""
+
+    def __init__(self, dies: str) -> None:
+        super().__init__()
+        self.layers, self.steps = model(), 0
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and not Path("killed").exists()
+        self.dies = first and (dies == "launcher" or os.environ.get("RANK", "none") in dies)
+        self.waits = dies == "launcher"
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += self.training
+        if self.dies and self.steps == 5:
+            if not self.waits:
+                os.kill(os.getpid(), signal.SIGKILL)
+            Path(f"waits{os.environ['RANK']}").write_text(str(os.getpid()))
+            time.sleep(60)
+        return self.layers(x)
+
+
+def elastic(dies: str) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    train("out", model=Mortal(dies), epochs=3, save_every=2, resume="auto", knn_every=0, **QUICK)
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
@@ -72,8 +101,51 @@ def test_four_processes_train_as_one_run_and_resume(tmp_path):
     assert losses(tmp_path / "whole") == losses(tmp_path / "moco")
     batch, parts = (losses(tmp_path / name) for name in ("batch", "parts"))
     assert len(parts) == 6 and [loss for _, loss in parts] == pytest.approx([loss for _, loss in batch], rel=1e-5)
-    with pytest.raises(ValueError, match="the run was on 4 processes, now on 1"):
-        train(tmp_path / "simclr", model=model(), epochs=1, resume=True, **QUICK)
+    alone = {**QUICK, "epochs": 2, "head": "linear", "knn_every": 0}
+    os.replace(tmp_path / "batch/checkpoints/epoch_0001.pt", tmp_path / "batch/checkpoints/last.pt")
+    train(tmp_path / "batch", model=rows(), keep_every=1, resume=True, **alone)  # four go on as one
+    assert [loss for _, loss in losses(tmp_path / "batch")] == pytest.approx([loss for _, loss in batch], rel=1e-5)
+
+
+@pytest.mark.parametrize("dies", ["1", "01", "launcher"])
+def test_a_run_that_torchrun_starts_again_ends_as_an_unbroken_one(tmp_path, dies):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--max-restarts=1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(folder: str, ranks: str) -> subprocess.Popen[str]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return subprocess.Popen(
+            [*command, __file__, ranks], cwd=tmp_path / folder, env=environment, stderr=subprocess.PIPE, text=True
+        )
+
+    whole, broken = start("whole", "none"), start("broken", dies)
+    if dies == "launcher":
+        waiting = [tmp_path / f"broken/waits{rank}" for rank in (0, 1)]
+        deadline = time.monotonic() + 100
+        while not all(path.exists() and path.read_text() for path in waiting) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        workers = [int(path.read_text()) for path in waiting]
+        broken.kill()
+        broken.wait()
+        while any(map(running, workers)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(running, workers))  # they do not go on beside those that take their place
+        (tmp_path / "broken/killed").touch()
+        broken = start("broken", dies)
+    for process in (whole, broken):
+        errors = process.communicate(timeout=200)[1]
+        assert process.returncode == 0, errors[-3000:]
+    whole, broken = (read_checkpoint(tmp_path / name / "out/checkpoints/last.pt") for name in ("whole", "broken"))
+    assert whole["step"] == broken["step"] == 9
+    assert all(torch.equal(value, broken["model"][name]) for name, value in whole["model"].items())
+    assert losses(tmp_path / "whole/out") == losses(tmp_path / "broken/out")
+
+
+def running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_torchrun_starts_barlow_twins_from_the_command_line(tmp_path):
@@ -94,4 +166,7 @@ def test_torchrun_starts_barlow_twins_from_the_command_line(tmp_path):
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    if len(sys.argv) == 2:
+        elastic(sys.argv[1])
+    else:
+        worker(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
