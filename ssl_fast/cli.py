@@ -18,6 +18,7 @@ from ssl_fast.augment import Policy
 from ssl_fast.demo import demo
 from ssl_fast.evaluate import evaluate
 from ssl_fast.plan import Plan, plan
+from ssl_fast.progress import console
 from ssl_fast.run import read_args
 from ssl_fast.train import train
 
@@ -53,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         return _fail(f"{name}: {error}", 2)
     try:
-        result = command(**arguments)
+        with console():
+            result = command(**arguments)
     except KeyboardInterrupt:
         return 130
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:

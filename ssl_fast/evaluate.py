@@ -1,25 +1,30 @@
-"""What the frozen features h are worth: weighted kNN and a linear probe."""
+"""What an encoder's features h are worth: weighted kNN, a linear probe, fine-tuning and transfer."""
 
 from __future__ import annotations
 
+import io
 import logging
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_fast._extras import require
-from ssl_fast.augment import plain_view
-from ssl_fast.backbones import build_encoder
-from ssl_fast.data import ImageData, Loader, Split, in_order, load_data
-from ssl_fast.fold import _Folded, eval_mode, fold_conv_bn
-from ssl_fast.run import pick_device, read_checkpoint
+from ssl_fast._extras import nearest
+from ssl_fast.data import ImageData, Split, load_data
+from ssl_fast.features import encode, folded, load_encoder
+from ssl_fast.finetune import balanced_subset, finetune, freeze_through, subset
+from ssl_fast.knn import KNN_T, knn_accuracy, knn_k
+from ssl_fast.probe import linear_probe, probe_named
+from ssl_fast.run import pick_device, read_checkpoint, write_atomically
 
 log = logging.getLogger("ssl_fast")
-PROTOCOLS = ("knn", "linear")
-KNN_T = 0.07
+PROTOCOLS = ("knn", "linear", "finetune", "transfer")
+INITIAL = ("checkpoint", "random")
 
 
 def evaluate(
@@ -29,94 +34,163 @@ def evaluate(
     *,
     model: nn.Module | None = None,
     data_dir: str | Path | None = None,
+    initial: str = "checkpoint",
+    label_fraction: float = 1.0,
+    freeze: str = "none",
+    probe: str = "auto",
+    epochs: int | None = None,
+    lr: float | None = None,
+    seeds: int = 1,
+    seed: int = 0,
+    out: str | Path | None = None,
     device: str = "auto",
     batch_size: int = 256,
     num_workers: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate the frozen encoder of a run by kNN and by logistic regression on h; the same figures at every call.
+    """Evaluate the encoder of a run by what a task with labels gets from its features h.
+
+    Two evaluations of a checkpoint give the same figures, on a GPU as far as its convolutions are deterministic.
+
+    kNN and the linear probe see features of the frozen encoder, folded, of images as they are. Fine-tuning trains it
+    on, see `ssl_fast.finetune.finetune`; transfer does so with the first layers frozen.
 
     Args:
         checkpoint: a checkpoint, or the folder `out` of a run, whose checkpoints/last.pt is taken.
-        data: a labelled data set as `train` takes it; default the run's own.
-        protocol: "knn", "linear", or both with a comma between.
+        data: a labelled data set as `train` takes it; default the run's own. Images are brought to the size and the
+            channels that the run had.
+        protocol: "knn" (weighted, k = 20, or 200 from 10,000 images up, t = 0.07), "linear", "finetune", "transfer",
+            or several with commas between.
         model: the nn.Module that was trained, for runs whose model had no name.
         data_dir: where the files of a named data set are.
+        initial: "checkpoint", or "random": the same network with random weights, the baseline of every protocol; with
+            finetune it is trained from scratch. A module given as model keeps the weights it has.
+        label_fraction: the share of the labelled images to learn from, as many of each class, in every protocol.
+        freeze: for transfer, the last of the frozen stages by its name, such as "layer2" or "blocks.1".
+        probe: of linear, "sgd", "logistic" or "auto", see `ssl_fast.probe.linear_probe`.
+        epochs, lr: of the training that linear by SGD, finetune and transfer do; default each one's recipe.
+        seeds: repetitions, from `seed` on, each with labels, weights and order of its own; figures are means.
+        seed: of the first.
+        out: folder for the indices of the labelled subsets; default `evaluation` in the run's folder.
         device: "auto", "cpu", "cuda" or "cuda:1".
-        batch_size: images a forward pass.
+        batch_size: images a forward pass of the frozen encoder.
         num_workers: processes that decode images from a folder.
 
     Returns:
-        A dict with `knn` (and `knn_k`, `knn_t`), `linear` (accuracies between 0 and 1), and what was evaluated.
+        A dict of what was evaluated and, by protocol, of accuracies between 0 and 1: `knn` (and `knn_k`, `knn_t`),
+        `linear` (and `probe`), `finetune`, `transfer`; with several seeds the mean, and `linear_std`, the sample
+        standard deviation, and `linear_seeds`, each figure; for the others alike. `subsets`: the .npy files of indices.
 
     Raises:
-        ValueError, FileNotFoundError: for a checkpoint or data set that is not there or does not fit.
+        ValueError, FileNotFoundError: for a checkpoint or data set that is not there or does not fit, classes that are
+            not the same in training and test images, a fraction that a class has too few images for.
 
     Example:
         >>> evaluate("out/digits")["linear"]
+        >>> evaluate("out/digits", protocol="finetune", label_fraction=0.1, seeds=3)["finetune_std"]
     """
     protocols = [p.strip() for p in protocol.split(",")]
-    if unknown := [p for p in protocols if p not in PROTOCOLS]:
-        raise ValueError(f"protocol: got {unknown[0]!r}, allowed: {', '.join(PROTOCOLS)}, or both with a comma between")
+    _check(protocols, initial, freeze, seeds, seed, epochs, lr)
     path = Path(checkpoint).expanduser()
     path = path / "checkpoints" / "last.pt" if path.is_dir() else path
     saved = read_checkpoint(path)
-    args, chosen = saved["args"], pick_device(device)
+    args, chosen, random, whole = saved["args"], pick_device(device), initial == "random", label_fraction == 1
     images = load_data(data or args["data"], data_dir or args["data_dir"], saved["image_size"])
-    if images.bank is None or images.test is None:
-        raise ValueError(f"data: {images.name} has no labels to evaluate with; pass a labelled set as data=")
-    encoder = folded(load_encoder(saved, model).to(chosen), images, chosen)
-    settings: dict[str, Any] = {"device": chosen, "batch_size": batch_size, "num_workers": num_workers}
-    bank, bank_labels = encode(encoder, images.bank, images.size, **settings)
-    test, test_labels = encode(encoder, images.test, images.size, **settings)
-    result: dict[str, Any] = {"checkpoint": str(path), "data": images.name, "step": saved["step"]}
-    if "knn" in protocols:
-        k = knn_k(len(bank))
-        result |= {"knn": knn_accuracy(bank, bank_labels, test, test_labels, k=k), "knn_k": k, "knn_t": KNN_T}
-    if "linear" in protocols:
-        result["linear"] = linear_probe(bank, bank_labels, test, test_labels)
+    images.channels = saved["channels"]
+    bank, test, classes = _labelled(images)
+    assert bank.labels is not None
+    taken = {s: balanced_subset(bank.labels, label_fraction, s) for s in range(seed, seed + seeds)}
+    if "transfer" in protocols:
+        freeze_through(load_encoder(saved, model), freeze)  # raises before any work is done
+    count = len(taken[seed])
+    result: dict[str, Any] = {"checkpoint": str(path), "data": images.name, "step": saved["step"], "initial": initial}
+    result |= {"classes": classes, "images": count}
+    if not whole:
+        folder = Path(out).expanduser() if out else _run_folder(path) / "evaluation"
+        files = [_save(indices, folder, images.name, label_fraction, s) for s, indices in taken.items()]
+        result |= {"label_fraction": label_fraction, "subsets": files}
+    result |= {"knn_k": knn_k(count), "knn_t": KNN_T} if "knn" in protocols else {}
+    result |= {"probe": probe_named(probe, count)} if "linear" in protocols else {}
+    result |= {"freeze": freeze} if "transfer" in protocols else {}
+    log.info("%s", ", ".join(f"{key} {value}" for key, value in result.items()))
+
+    settings: dict[str, Any] = {"num_workers": num_workers, "channels": images.channels, "title": "features, batches"}
+    found: dict[str, list[float]] = {p: [] for p in protocols}
+    for s, indices in taken.items():
+        start = s if random else None
+        if {"knn", "linear"} & set(protocols) and (random or s == seed):
+            encoder = folded(load_encoder(saved, model, start).to(chosen), images, chosen)
+            bank_h, bank_y = encode(encoder, bank, images.size, chosen, batch_size, **settings)
+            test_h, test_y = encode(encoder, test, images.size, chosen, batch_size, **settings)
+        for p in protocols:
+            if p in ("finetune", "transfer"):
+                recipe: dict[str, Any] = {"freeze": freeze if p == "transfer" else "none", "lr": lr, "seed": s}
+                recipe |= {"epochs": epochs or (60 if label_fraction < 0.1 else 30), "num_workers": num_workers}
+                encoder = load_encoder(saved, model, start).to(chosen)
+                value = finetune(encoder, subset(bank, indices), test, images, chosen, **recipe)
+            elif s > seed and whole and not random and (p == "knn" or result["probe"] == "logistic"):
+                value = found[p][0]  # which no seed changes
+            else:
+                h, y = (bank_h, bank_y) if whole else (bank_h[indices], bank_y[indices])
+                if p == "knn":
+                    value = knn_accuracy(h, y, test_h, test_y, k=result["knn_k"])
+                else:
+                    value = linear_probe(h, y, test_h, test_y, result["probe"], epochs=epochs, lr=lr, seed=s)
+            found[p].append(value)
+            log.info("seed %d: %s %.4f", s, p, value)
+    for p, values in found.items():
+        result[p] = statistics.fmean(values)
+        result |= {f"{p}_std": statistics.stdev(values), f"{p}_seeds": values} if seeds > 1 else {}
     return result
 
 
-def load_encoder(saved: dict[str, Any], model: nn.Module | None = None) -> nn.Module:
-    """The encoder f, without the head, of a checkpoint that `read_checkpoint` returned."""
-    args = saved["args"]
-    if model is None and not saved["named"]:
-        raise ValueError(f"model: the run trained an nn.Module of class {args['model']}; pass such a module as model=")
-    encoder, _ = build_encoder(
-        args["model"] if model is None else model, saved["image_size"], saved["channels"], args["stem"]
-    )
-    weights = {k.removeprefix("encoder."): v for k, v in saved["model"].items() if k.startswith("encoder.")}
-    try:
-        encoder.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"model: the checkpoint's weights do not fit this model: {error}") from error
-    return encoder
+def _check(
+    protocols: list[str], initial: str, freeze: str, seeds: int, seed: int, epochs: int | None, lr: float | None
+) -> None:
+    for name, value, allowed in [*(("protocol", p, PROTOCOLS) for p in protocols), ("initial", initial, INITIAL)]:
+        if value not in allowed:
+            several = ", or several with commas between" if name == "protocol" else ""
+            raise ValueError(
+                f"{name}: got {value!r}, {nearest(str(value), list(allowed))}allowed: {', '.join(allowed)}{several}"
+            )
+    if freeze != "none" and "transfer" not in protocols:
+        raise ValueError(f"freeze: got {freeze!r} without protocol=transfer, allowed: none; add protocol=transfer")
+    for name, number, low in (("seeds", seeds, 1), ("seed", seed, 0), ("epochs", epochs, 1)):
+        if number is not None and (not isinstance(number, int) or number < low):
+            raise ValueError(f"{name}: got {number!r}, allowed: a whole number >= {low}")
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f"lr: got {lr!r}, allowed: a finite number above 0")
 
 
-def folded(encoder: nn.Module, data: ImageData, device: torch.device) -> nn.Module:
-    """The encoder with its batch norms folded, or itself where that cannot be; a folded one is brought up to date.
-
-    Keep the result from evaluation to evaluation of a training run: then folding costs a copy of the weights.
-    """
-    if isinstance(encoder, _Folded):
-        try:
-            encoder.refresh()
-            return encoder
-        except RuntimeError as error:  # its source has changed its structure, for one
-            log.debug("the encoder is folded again: %s", error)
-            encoder = encoder.unfold()
-    generator = torch.Generator().manual_seed(0)  # PyTorch's own goes on as without an evaluation
-    images = torch.rand(2, data.channels, data.size, data.size, generator=generator).to(device)
-    try:
-        return fold_conv_bn(encoder, images, allow_training=True)
-    except (TypeError, ValueError, RuntimeError) as error:
-        log.debug("evaluation runs unfolded: %s", error)
-        return encoder
+def _labelled(images: ImageData) -> tuple[Split, Split, int]:
+    """What to learn from and to test on, and the number of classes, which both have."""
+    bank, test = images.bank, images.test
+    if bank is None or test is None or bank.labels is None or test.labels is None:
+        raise ValueError(
+            f"data: {images.name} has no labels to evaluate with, allowed: a named set, or a folder of at least 10 "
+            "images with one subfolder per class; pass a labelled set as data="
+        )
+    known, tested = (set(labels.unique().tolist()) for labels in (bank.labels, test.labels))
+    if known != tested:
+        where = "test" if known - tested else "training"
+        raise ValueError(
+            f"data: {images.name} has {len(known)} classes to learn from and {len(tested)} to test on, allowed: the "
+            f"same in both; add {where} images of class {min(known ^ tested)}, or leave that class out"
+        )
+    return bank, test, len(known)
 
 
-def knn_k(bank: int) -> int:
-    """The k of every kNN figure: 200 for banks of at least 10,000 images, else 20."""
-    return 200 if bank >= 10_000 else min(20, bank)
+def _run_folder(checkpoint: Path) -> Path:
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
+def _save(indices: Tensor, folder: Path, data: str, fraction: float, seed: int) -> str:
+    """Write the indices of a subset, into the images that are learnt from, as .npy, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{Path(data).name}_{fraction:g}_seed{seed}.npy"
+    buffer = io.BytesIO()
+    np.save(buffer, indices.numpy())
+    write_atomically(path, buffer.getvalue())
+    return str(path)
 
 
 def knn_on(encoder: nn.Module, data: ImageData, device: torch.device, num_workers: int = 0) -> dict[str, float]:
@@ -126,80 +200,6 @@ def knn_on(encoder: nn.Module, data: ImageData, device: torch.device, num_worker
     test = encode(encoder, data.test, data.size, device, num_workers=num_workers)
     k = knn_k(len(bank[0]))
     return {"knn": round(knn_accuracy(*bank, *test, k=k), 6), "knn_k": k, "knn_t": KNN_T}
-
-
-@torch.no_grad()
-def encode(
-    encoder: nn.Module,
-    split: Split,
-    size: int,
-    device: torch.device,
-    batch_size: int = 256,
-    num_workers: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Features (N, F), fp32, and labels (N,) of a split, both on the device; the encoder in eval mode.
-
-    Without labels, the labels are -1. Every module is left in the mode it was in.
-    """
-    features, labels = [], []
-    known = split.labels if split.labels is not None else torch.full((len(split),), -1)
-    with eval_mode(encoder):
-        for images, indices in Loader(split, device, num_workers)(in_order(len(split), batch_size)):
-            features.append(encoder(plain_view(images, size)).float())
-            labels.append(known[indices])
-    return torch.cat(features), torch.cat(labels).to(device)
-
-
-def knn_accuracy(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    k: int = 20,
-    temperature: float = KNN_T,
-    block: int = 4096,
-) -> float:
-    """Accuracy of the weighted kNN of Wu et al. 2018 (arXiv 1805.01978): each neighbour votes exp(cosine / t).
-
-    Blockwise over queries and bank: memory is O(block^2), whatever their sizes.
-
-    Args:
-        bank, queries: features (B, F) and (Q, F).
-        bank_labels, query_labels: classes (B,) and (Q,), integers from 0.
-        k: neighbours, at most B.
-        temperature: t > 0.
-
-    Example:
-        >>> knn_accuracy(h_train, y_train, h_test, y_test, k=200)
-    """
-    if not 1 <= k <= len(bank):
-        raise ValueError(f"k: got {k}, allowed: 1 to {len(bank)}, the images in the bank")
-    bank, classes, right = F.normalize(bank), int(bank_labels.max()) + 1, 0
-    for query, label in zip(F.normalize(queries).split(block), query_labels.split(block), strict=True):
-        best = torch.empty(len(query), 0, device=query.device)
-        votes_for = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
-        for part, part_labels in zip(bank.split(block), bank_labels.split(block), strict=True):
-            best = torch.cat([best, query @ part.T], 1)
-            votes_for = torch.cat([votes_for, part_labels.expand(len(query), -1)], 1)
-            best, kept = best.topk(min(k, best.shape[1]), dim=1)
-            votes_for = votes_for.gather(1, kept)
-        # exp((s - max) / t) in place of exp(s / t): the same vote without overflow at a small t.
-        votes = torch.exp((best - best[:, :1]) / temperature)
-        score = torch.zeros(len(query), classes, device=query.device).scatter_add_(1, votes_for, votes)
-        right += int((score.argmax(1) == label).sum())
-    return right / len(queries)
-
-
-def linear_probe(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor) -> float:
-    """Accuracy of scikit-learn's logistic regression (C=1, L-BFGS) on standardised features.
-
-    Arguments as in `knn_accuracy`. For data that fits in memory; deterministic.
-    """
-    linear = require("sklearn.linear_model", "the linear probe")
-    pipeline, preprocessing = require("sklearn.pipeline", "the probe"), require("sklearn.preprocessing", "the probe")
-    probe = pipeline.make_pipeline(preprocessing.StandardScaler(), linear.LogisticRegression(max_iter=2000))
-    probe.fit(bank.cpu().numpy(), bank_labels.cpu().numpy())
-    return float(probe.score(queries.cpu().numpy(), query_labels.cpu().numpy()))
 
 
 def embedding_std(z: Tensor) -> float:

@@ -118,3 +118,33 @@ class Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         require("tqdm", "the log").tqdm.write(self.format(record), file=sys.stderr)
+
+
+def counted(items: Iterable[T], total: int, title: str, every: float = 60.0) -> Iterator[T]:
+    """Iterate with a bar on a terminal; elsewhere with one plain line a minute."""
+    if sys.stderr.isatty():
+        yield from require("tqdm", "the progress bar").tqdm(items, title, total, leave=False, dynamic_ncols=True)
+        return
+    printed = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - printed >= every:
+            printed = time.monotonic()
+            log.info("%s: %d of %d", title, done, total)
+        yield item
+
+
+@contextmanager
+def console() -> Iterator[None]:
+    """Show the log of the block on stderr, where nothing else takes it."""
+    if log.hasHandlers():
+        yield
+        return
+    handler, level = Console(), log.level
+    handler.setLevel(logging.INFO)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)

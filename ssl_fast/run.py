@@ -172,11 +172,12 @@ def read_args(out: Path) -> dict[str, Any]:
     return args
 
 
-def write_atomically(path: Path, content: str | dict[str, Any]) -> None:
-    """Write text, or a dict by torch.save, beside `path` and rename it: a reader finds the old or the new, whole."""
+def write_atomically(path: Path, content: str | bytes | dict[str, Any]) -> None:
+    """Write text, bytes, or a dict by torch.save, beside `path` and rename it: a reader finds old or new, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
-        file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+        content = content.encode() if isinstance(content, str) else content
+        file.write(content) if isinstance(content, bytes) else torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -203,9 +204,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if not {"args", "step", "model"} <= set(saved):
-            raise KeyError("args, step, model")
+            raise KeyError(f"it holds {', '.join(map(str, list(saved)[:4]))}, not args, step and model")
     except Exception as error:
-        raise ValueError(f"checkpoint: {path} is not a checkpoint of ssl_fast.train ({error})") from error
+        raise ValueError(
+            f"checkpoint: {path} is not a checkpoint of ssl_fast.train ({error}), allowed: checkpoints/last.pt of a run"
+        ) from error
     return saved
 
 

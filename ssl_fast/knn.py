@@ -1,0 +1,116 @@
+"""Nearest neighbours by cosine, tile by tile, and the weighted kNN classifier (Wu et al. 2018, arXiv 1805.01978)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+KNN_T = 0.07
+GROUP = 16  # similarities of which one maximum is compared: reading a tile once is most of what its selection costs
+
+
+def knn_k(bank: int) -> int:
+    """The k of every kNN figure: 200 for banks of at least 10,000 images, else 20."""
+    return 200 if bank >= 10_000 else min(20, bank)
+
+
+@torch.no_grad()
+def nearest_neighbours(bank: Tensor, queries: Tensor, k: int = 20, block: int = 4096) -> tuple[Tensor, Tensor]:
+    """The k rows of a bank with the largest cosine to each query, exactly, without the (Q, B) similarities.
+
+    Tile after tile of them is one matrix product, of which only what exceeds a query's k-th best so far is looked at.
+    Neither features are copied: beside the result, memory is O(block * (block + F)). The bank may lie on the host and
+    be a memory-mapped file.
+
+    Equivalent to: (F.normalize(queries) @ F.normalize(bank).T).topk(k).
+
+    Args:
+        bank, queries: features (B, F) and (Q, F); computed in fp32, or in fp64 where they are.
+        k: neighbours, at most B.
+        block: rows of the bank in a tile; a quarter as many queries.
+
+    Returns:
+        Cosines (Q, k), the largest first, and rows of the bank (Q, k), int64, on the queries' device. Of equal
+        cosines, any may come first.
+
+    Raises:
+        ValueError: naming the argument.
+
+    Example:
+        >>> cosine, index = nearest_neighbours(h_train, h_test, k=5)
+    """
+    if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
+        got = f"{tuple(bank.shape)} and {tuple(queries.shape)}"
+        raise ValueError(f"bank, queries: got shapes {got}, allowed: (B, F) and (Q, F) of one encoder")
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k: got {k}, allowed: 1 to {len(bank)}, the images in the bank")
+    dtype = torch.float64 if torch.float64 in (bank.dtype, queries.dtype) else torch.float32
+    block = -(-max(block, k) // GROUP) * GROUP
+    best = torch.full((len(queries), k), -torch.inf, dtype=dtype, device=queries.device)
+    index = torch.zeros(len(queries), k, dtype=torch.long, device=queries.device)
+    rows = max(1, block // 4)
+    buffer = best.new_empty(min(rows, len(queries)), min(block, -(-len(bank) // GROUP) * GROUP))
+    for start in range(0, len(bank), block):
+        part = F.normalize(bank[start : start + block].to(queries.device, dtype))
+        for x, top, at in zip(queries.split(rows), best.split(rows), index.split(rows), strict=True):
+            tile = buffer[: len(x)]
+            tile[:, len(part) :] = -torch.inf
+            torch.mm(F.normalize(x.to(dtype)), part.T, out=tile[:, : len(part)])
+            _merge(top, at, tile, start)
+    return best, index
+
+
+def _merge(best: Tensor, index: Tensor, tile: Tensor, start: int) -> None:
+    """Let the similarities of a tile, to bank rows from `start` on, take their places among the best, in place."""
+    n, k = best.shape
+    groups = tile.view(n, GROUP, -1)
+    row, lane = (groups.amax(1) > best[:, -1:]).nonzero(as_tuple=True)
+    if GROUP * len(row) > tile.numel() // 4:  # the first tile, and banks whose best come last
+        similar = torch.cat([best, tile], 1)
+        best[:], kept = similar.topk(k)
+        columns = torch.arange(start, start + tile.shape[1], device=index.device).expand(n, -1)
+        index[:] = torch.cat([index, columns], 1).gather(1, kept)
+        return
+    values = groups[row, :, lane]
+    which, group = (values > best[row, -1:]).nonzero(as_tuple=True)
+    row, column, values = row[which], lane[which] + group * groups.shape[2], values[which, group]
+    count = torch.bincount(row, minlength=n)
+    place = k + torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    width = k + int(count.max())
+    similar = F.pad(best, (0, width - k), value=-torch.inf)
+    columns = F.pad(index, (0, width - k))
+    similar[row, place], columns[row, place] = values, column + start
+    best[:], kept = similar.topk(k)
+    index[:] = columns.gather(1, kept)
+
+
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    k: int = 20,
+    temperature: float = KNN_T,
+    block: int = 4096,
+) -> float:
+    """Accuracy of the weighted kNN of Wu et al. 2018 (arXiv 1805.01978): each neighbour votes exp(cosine / t).
+
+    In the memory of `nearest_neighbours`, whatever the sizes.
+
+    Args:
+        bank, queries: features (B, F) and (Q, F).
+        bank_labels, query_labels: classes (B,) and (Q,), integers from 0.
+        k: neighbours, at most B.
+        temperature: t > 0.
+        block: as in `nearest_neighbours`.
+
+    Example:
+        >>> knn_accuracy(h_train, y_train, h_test, y_test, k=200)
+    """
+    best, index = nearest_neighbours(bank, queries, k, block)
+    # exp((s - max) / t) in place of exp(s / t): the same vote without overflow at a small t.
+    votes = torch.exp((best - best[:, :1]) / temperature)
+    voted_for = bank_labels.to(index.device)[index]
+    score = votes.new_zeros(len(queries), int(bank_labels.max()) + 1).scatter_add_(1, voted_for, votes)
+    return int((score.argmax(1) == query_labels).sum()) / len(queries)
