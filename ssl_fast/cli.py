@@ -16,7 +16,9 @@ from ssl_fast._extras import nearest
 from ssl_fast.arguments import instead_of, method_arguments
 from ssl_fast.augment import Policy
 from ssl_fast.demo import demo
+from ssl_fast.embed import embed
 from ssl_fast.evaluate import evaluate
+from ssl_fast.export import export
 from ssl_fast.plan import Plan, plan
 from ssl_fast.progress import console
 from ssl_fast.run import read_args
@@ -31,6 +33,8 @@ def show_info() -> None:
 COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "evaluate": evaluate,
+    "embed": embed,
+    "export": export,
     "plan": plan,
     "demo": demo,
     "info": show_info,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ssl_fast._extras import nearest
 from ssl_fast.data import ImageData, Split, load_data
-from ssl_fast.features import encode, folded, load_encoder
+from ssl_fast.features import encode, folded, load_encoder, saved_at
 from ssl_fast.finetune import balanced_subset, finetune, freeze_through, subset
 from ssl_fast.knn import KNN_T, knn_accuracy, knn_k
 from ssl_fast.probe import linear_probe, probe_named
@@ -90,8 +90,7 @@ def evaluate(
     """
     protocols = [p.strip() for p in protocol.split(",")]
     _check(protocols, initial, freeze, seeds, seed, epochs, lr)
-    path = Path(checkpoint).expanduser()
-    path = path / "checkpoints" / "last.pt" if path.is_dir() else path
+    path = saved_at(checkpoint)
     saved = read_checkpoint(path)
     args, chosen, random, whole = saved["args"], pick_device(device), initial == "random", label_fraction == 1
     images = load_data(data or args["data"], data_dir or args["data_dir"], saved["image_size"])

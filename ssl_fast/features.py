@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,12 @@ def load_encoder(saved: dict[str, Any], model: nn.Module | None = None, seed: in
 
 def _shape(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+
+
+def saved_at(checkpoint: str | Path) -> Path:
+    """The file of a checkpoint that is given by its path, or by the folder of its run."""
+    path = Path(checkpoint).expanduser()
+    return path / "checkpoints" / "last.pt" if path.is_dir() else path
 
 
 def folded(encoder: nn.Module, data: ImageData, device: torch.device) -> nn.Module:

@@ -22,8 +22,7 @@ from ssl_fast.optim import SCHEDULES
 from ssl_fast.progress import counted
 
 log = logging.getLogger("ssl_fast")
-FINETUNE_LR = 0.05  # for 256 images: SimCLR, section B.5
-FINETUNE_BATCH = 256
+FINETUNE_BATCH, FINETUNE_LR = 256, 0.05  # SimCLR, section B.5
 
 
 def balanced_subset(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
@@ -139,9 +138,9 @@ def finetune(
 
     The recipe of SimCLR (arXiv 2002.05709, section B.5): SGD with Nesterov momentum 0.9, learning rate 0.05 times
     batch / 256, random crops and flips (no flips of digits), neither warm-up nor weight decay; and a cosine decay.
-    Batches of 256, of a quarter of the images where they are fewer than 1,024, at least 8. Frozen layers are in eval
-    mode, with their batch norms' statistics, and folded where no norm that is trained follows. A function of its
-    arguments, to the bit on a CPU.
+    Batches are of 256; of a quarter of the images, but at least 8, where there are fewer than 1,024, at the same rate.
+    Frozen layers are in eval mode, their batch norms too, and are folded unless a norm right after them is trained.
+    A function of its arguments, to the bit on a CPU.
 
     Args:
         encoder: maps images to h (N, features); it is trained in place.
@@ -150,7 +149,7 @@ def finetune(
         device: of the encoder.
         freeze: "none", or the last stage that is frozen, see `freeze_through`.
         epochs: passes over the training images; the paper takes 60 of 1% of the labels and 30 of 10%.
-        lr: the learning rate; default as above.
+        lr: the learning rate; default 0.05.
         num_workers: processes that decode images from a folder.
         seed: of the classifier, the order and the augmentation.
 
@@ -161,7 +160,7 @@ def finetune(
     assert train.labels is not None and test.labels is not None
     n = len(train)
     batch = min(FINETUNE_BATCH, max(8, n // 4), n)
-    lr = FINETUNE_LR * batch / 256 if lr is None else lr
+    lr = FINETUNE_LR if lr is None else lr
     outermost = [] if freeze == "none" else freeze_through(encoder, freeze)
     _fold_frozen(encoder, outermost, data, device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

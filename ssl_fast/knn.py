@@ -64,9 +64,9 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int = 20, block: int = 
 def _merge(best: Tensor, index: Tensor, tile: Tensor, start: int) -> None:
     """Let the similarities of a tile, to bank rows from `start` on, take their places among the best, in place."""
     n, k = best.shape
-    groups = tile.view(n, GROUP, -1)
+    groups = tile.unflatten(1, (GROUP, -1))
     row, lane = (groups.amax(1) > best[:, -1:]).nonzero(as_tuple=True)
-    if GROUP * len(row) > tile.numel() // 4:  # the first tile, and banks whose best come last
+    if GROUP * len(row) >= tile.numel() // 4:  # the first tile, and banks whose best come last
         similar = torch.cat([best, tile], 1)
         best[:], kept = similar.topk(k)
         columns = torch.arange(start, start + tile.shape[1], device=index.device).expand(n, -1)

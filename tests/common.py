@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from ssl_fast._op import Op
+from ssl_fast.backbones import build_encoder
+from ssl_fast.methods import METHODS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -42,3 +46,19 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype, seed: int = 0, scale: 
         (torch.randn(s, generator=generator, dtype=torch.float64) * scale).to(DEVICE, dtype).requires_grad_()
         for s in shapes
     ]
+
+
+def checkpoint(folder: Path, model: str = "convnet", size: int = 8, channels: int = 1, method: str = "simclr",
+               data: str = "digits", stem: str = "auto") -> Path:  # fmt: skip
+    """The checkpoint of a run of no steps, whose batch norms have seen something; returns the run's folder."""
+    torch.manual_seed(0)
+    encoder, features = build_encoder(model, size, channels, stem)
+    with torch.no_grad():
+        for _ in range(3):
+            encoder.train()(torch.rand(8, channels, size, size))
+    network = METHODS[method].build(encoder, features, **({"K": 64} if "moco" in method else {}))
+    args = {"data": data, "data_dir": None, "model": model, "method": method, "stem": stem}
+    facts = {"args": args, "named": True, "step": 0, "image_size": size, "channels": channels}
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save({**facts, "model": network.state_dict()}, folder / "checkpoints" / "last.pt")
+    return folder

@@ -1,14 +1,23 @@
-"""kNN and probe against plain definitions, and the evaluation of a run."""
+"""The probes, fine-tuning with a share of the labels and frozen layers, and the evaluation of a run."""
 
-import math
+import copy
 
+import numpy
 import pytest
 import torch
+import torchvision
+from common import checkpoint
 from PIL import Image
 from torch import nn
 
-from ssl_fast.data import load_data
-from ssl_fast.evaluate import embedding_std, encode, evaluate, folded, knn_accuracy, knn_k, linear_probe
+from ssl_fast import finetune as finetune_module
+from ssl_fast.backbones import ConvNet, build_encoder
+from ssl_fast.data import Split, load_data
+from ssl_fast.evaluate import embedding_std, encode, evaluate, folded
+from ssl_fast.finetune import balanced_subset, finetune, freeze_through
+from ssl_fast.knn import knn_accuracy
+from ssl_fast.methods import METHODS
+from ssl_fast.probe import linear_probe
 from ssl_fast.train import train
 
 CPU = torch.device("cpu")
@@ -30,39 +39,34 @@ def clusters(n, classes=3, dim=8, noise=0.7, seed=0):
     return centres[labels] + noise * torch.randn(n, dim, generator=generator), labels
 
 
-def naive_knn(bank, bank_labels, queries, query_labels, k, t):
-    right = 0
-    for q, label in zip(queries, query_labels, strict=True):
-        s = [(float(torch.cosine_similarity(q, b, 0)), int(y)) for b, y in zip(bank, bank_labels, strict=True)]
-        votes = {}
-        for similarity, y in sorted(s, reverse=True)[:k]:
-            votes[y] = votes.get(y, 0) + math.exp(similarity / t)
-        right += max(votes, key=votes.get) == label
-    return right / len(queries)
-
-
-@pytest.mark.parametrize("k, t", [(1, 0.07), (5, 0.07), (20, 0.5), (60, 0.07)])
-def test_knn_is_the_weighted_vote_in_any_block_size(k, t):
-    bank, test = clusters(60, noise=1.5), clusters(31, noise=1.5, seed=1)
-    expected = naive_knn(*bank, *test, k, t)
-    assert 0.4 < expected < 1
-    for block in (1000, 60, 7):
-        assert knn_accuracy(*bank, *test, k=k, temperature=t, block=block) == pytest.approx(expected)
-
-
-def test_knn_with_a_tiny_temperature_and_a_wrong_k():
-    bank = clusters(30, noise=0.1)
-    assert knn_accuracy(*bank, *bank, k=5, temperature=1e-3) == 1
-    with pytest.raises(ValueError, match="k: got 31, allowed: 1 to 30"):
-        knn_accuracy(*bank, *bank, k=31)
-    assert [knn_k(n) for n in (5, 9_999, 10_000)] == [5, 20, 200]
-
-
-def test_linear_probe_separates_what_is_linear():
-    assert linear_probe(*clusters(90, noise=0.2), *clusters(30, noise=0.2, seed=1)) == 1
-    features, _ = clusters(300)
+@pytest.mark.parametrize("probe", ["sgd", "logistic"])
+def test_linear_probe_separates_what_is_linear(probe):
+    train, test = clusters(90, noise=0.2), clusters(30, noise=0.2, seed=1)
+    assert linear_probe(*train, *test, probe) == 1
+    features, labels = clusters(300, noise=1.5)
+    expected = linear_probe(features[:200], labels[:200], features[200:], labels[200:], probe)
+    assert expected < 1
+    features[:, 3] = 7.0  # a feature that says nothing, and has no deviation
+    scaled = 1e4 * features * torch.logspace(-3, 3, 8) - 5
+    constant = linear_probe(features[:200], labels[:200], features[200:], labels[200:], probe)
+    assert linear_probe(scaled[:200], labels[:200], scaled[200:], labels[200:], probe) == pytest.approx(
+        constant, abs=0.02
+    )
     labels = torch.randint(0, 3, (300,), generator=torch.Generator().manual_seed(0))
-    assert linear_probe(features[:200], labels[:200], features[200:], labels[200:]) < 0.6
+    assert linear_probe(features[:200], labels[:200], features[200:], labels[200:], probe) < 0.6
+
+
+def test_the_probe_by_sgd_is_as_good_as_logistic_regression_and_leaves_the_random_numbers():
+    (train, y), (test, test_y) = clusters(600, 6, 16, 2.0), clusters(400, 6, 16, 2.0, seed=1)
+    state = torch.get_rng_state()
+    found = [linear_probe(train, y, test, test_y, probe) for probe in ("sgd", "logistic")]
+    assert found[0] == linear_probe(train, y, test, test_y, "sgd") and torch.equal(state, torch.get_rng_state())
+    assert found[1] < 0.95 and found[0] == pytest.approx(found[1], abs=0.03)
+    assert linear_probe(train, y, test, test_y, "sgd", epochs=1, lr=1e-4) < found[0]
+    with pytest.raises(ValueError, match="probe: got 'sdg', did you mean 'sgd'"):
+        linear_probe(train, y, test, test_y, "sdg")
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        linear_probe(train, y, test, test_y, "sgd", lr=1e38)
 
 
 @pytest.mark.parametrize("dim", [16, 256])
@@ -110,10 +114,136 @@ def out(tmp_path_factory):
 
 
 def test_two_evaluations_give_the_same_figures(out):
-    first = evaluate(out)
-    assert first == evaluate(out / "checkpoints" / "last.pt")
-    assert first["step"] == 10 and first["knn"] > 0.9 and first["linear"] > 0.9 and first["data"] == "digits"
-    assert evaluate(out, protocol="knn").keys() == {"checkpoint", "data", "step", "knn", "knn_k", "knn_t"}
+    settings = {"protocol": "knn,linear,finetune", "label_fraction": 0.05, "seeds": 2, "epochs": 2, "probe": "sgd"}
+    first = evaluate(out, **settings)
+    torch.rand(1)
+    again = evaluate(out / "checkpoints" / "last.pt", **settings, out=out / "elsewhere")
+    paths = [first.pop("subsets"), again.pop("subsets")]
+    assert first == again and first["step"] == 10 and first["images"] == 70 and first["classes"] == 10
+    for p in ("knn", "linear", "finetune"):
+        values = torch.tensor(first[f"{p}_seeds"], dtype=torch.float64)
+        assert first[p] == pytest.approx(values.mean()) and first[f"{p}_std"] == pytest.approx(values.std())
+    assert paths[0] == [str(out / "evaluation" / f"digits_0.05_seed{s}.npy") for s in (0, 1)]
+    labels = load_data("digits").bank.labels
+    for s in (0, 1):
+        indices = torch.from_numpy(numpy.load(paths[1][s]))
+        assert torch.equal(indices, balanced_subset(labels, 0.05, s)) and (labels[indices].bincount() == 7).all()
+
+
+def test_evaluation_of_all_labels(out):
+    found = evaluate(out)
+    assert found["knn"] > 0.9 and found["linear"] > 0.9 and found["probe"] == "logistic"
+    several = evaluate(out, protocol="knn", seeds=3)
+    assert several["knn_seeds"] == [found["knn"]] * 3 and several["knn_std"] == 0
+    keys = {"checkpoint", "data", "step", "initial", "classes", "images", "knn", "knn_k", "knn_t"}
+    assert evaluate(out, protocol="knn").keys() == keys and not {"subsets", "finetune"} & found.keys()
+
+
+def test_random_weights_are_the_baseline_and_each_seed_has_its_own(out):
+    found = evaluate(out, protocol="knn", initial="random", seeds=2)
+    data, figures = load_data("digits"), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        encoder, _ = build_encoder("convnet", 8, 1)
+        h, y = encode(encoder, data.bank, 8, CPU)
+        figures.append(knn_accuracy(h, y, *encode(encoder, data.test, 8, CPU), k=20))
+    assert found["knn_seeds"] == pytest.approx(figures, abs=1 / 360) and len(set(figures)) == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_of_any_method_is_its_encoder(method, tmp_path):
+    run = checkpoint(tmp_path / "run", method=method)
+    saved = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    encoder = ConvNet(1)
+    encoder.load_state_dict({k[8:]: v for k, v in saved["model"].items() if k.startswith("encoder.")})
+    data = load_data("digits")
+    bank, test = (encode(encoder, split, 8, CPU) for split in (data.bank, data.test))
+    assert evaluate(run, protocol="knn")["knn"] == pytest.approx(knn_accuracy(*bank, *test), abs=1 / 360)
+
+
+def test_subsets_are_balanced_nested_and_of_the_seed():
+    labels = torch.arange(1000) % 7 % 5  # two classes twice as large
+    small, large = balanced_subset(labels, 0.02, 3), balanced_subset(labels, 0.1, 3)
+    assert (labels[small].bincount() == 4).all() and (labels[large].bincount() == 20).all()
+    assert set(small.tolist()) < set(large.tolist()) and torch.equal(large, large.sort().values)
+    assert not torch.equal(large, balanced_subset(labels, 0.1, 4))
+    assert torch.equal(balanced_subset(labels, 1.0), torch.arange(1000))
+    smallest = int(labels.bincount().min())
+    with pytest.raises(ValueError, match=f"label_fraction: got 0.9, which is 180 .* class 2 has {smallest}, allowed: "):
+        balanced_subset(labels, 0.9)
+    with pytest.raises(
+        ValueError, match="got 0.001, which is 0 images of each of the 5 classes.*allowed: 0.0026 to 0.7"
+    ):
+        balanced_subset(labels, 0.001)
+    assert len(balanced_subset(labels, 0.0026)) == 5
+    for fraction in (0, 1.5, float("nan"), "1%"):
+        with pytest.raises(ValueError, match="label_fraction: got .*allowed: above 0 and at most 1"):
+            balanced_subset(labels, fraction)
+
+
+def small_digits():
+    data = load_data("digits")
+    return (
+        Split(data.train.images[:64], data.train.labels[:64]),
+        Split(data.test.images[:50], data.test.labels[:50]),
+        data,
+    )
+
+
+@pytest.mark.parametrize("freeze, folds", [("none", 0), ("blocks.1", 2), ("blocks.2.0", 0), ("blocks", 4)])
+def test_what_is_frozen_stays_and_the_rest_is_trained(freeze, folds, monkeypatch):
+    torch.manual_seed(0)
+    encoder, (train, test, data) = ConvNet(1, 4), small_digits()
+    encoder(torch.rand(64, 1, 8, 8))
+    before = copy.deepcopy(encoder).eval()
+    monkeypatch.setattr(finetune_module, "_fold_frozen", lambda *args: None)
+    plain = finetune(encoder, train, test, data, CPU, freeze=freeze, epochs=2)
+    names = list(encoder.state_dict())
+    last = max((i for i, name in enumerate(names) if f"{name}.".startswith(f"{freeze}.")), default=-1)
+    for i, (name, was, now) in enumerate(
+        zip(names, before.state_dict().values(), encoder.state_dict().values(), strict=True)
+    ):
+        assert torch.equal(was, now) == (i <= last), name
+    monkeypatch.undo()
+    encoder = copy.deepcopy(before)
+    assert finetune(encoder, train, test, data, CPU, freeze=freeze, epochs=2) == pytest.approx(plain, abs=0.04)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in encoder.modules()) == 4 - folds
+    x = torch.rand(5, 1, 8, 8)
+    if freeze != "none" and freeze != "blocks.2.0":
+        depth = {"blocks.1": 2, "blocks": 4}[freeze]
+        torch.testing.assert_close(encoder.blocks[:depth](x), before.blocks[:depth](x))
+
+
+def test_freezing_knows_the_stages_of_a_network():
+    encoder = torchvision.models.resnet18()
+    assert freeze_through(encoder, "layer1") == ["conv1", "bn1", "relu", "maxpool", "layer1"]
+    assert (
+        not any(p.requires_grad for p in encoder.layer1.parameters()) and encoder.layer2[0].conv1.weight.requires_grad
+    )
+    assert (
+        freeze_through(encoder, "layer2.0")[-2:] == ["layer1", "layer2.0"]
+        and encoder.layer2[1].conv1.weight.requires_grad
+    )
+    vit = torchvision.models.VisionTransformer(32, 16, 2, 2, 16, 32)
+    freeze_through(vit, "conv_proj")
+    assert not vit.class_token.requires_grad and vit.encoder.layers[0].mlp[0].weight.requires_grad
+    with pytest.raises(ValueError, match="freeze: got 'layer5', did you mean 'layer4'.*conv1, bn1, layer1, layer1.0"):
+        freeze_through(encoder, "layer5")
+
+
+def test_transfer_to_other_images_and_channels(out, tmp_path):
+    for part, count in (("train", 6), ("test", 2)):
+        for name, colour in (("blue", (0, 0, 200)), ("red", (250, 120, 90))):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (20, 14 + i), colour).save(tmp_path / part / name / f"{i}.png")
+    settings = {"protocol": "knn,finetune,transfer", "freeze": "blocks.0", "epochs": 30}
+    found = evaluate(out, data=tmp_path, **settings)
+    assert found["freeze"] == "blocks.0" and found["classes"] == 2 and found["images"] == 12
+    assert found["knn"] == found["transfer"] == 1 and found == evaluate(out, data=tmp_path, **settings)
+    (tmp_path / "test" / "red").rename(tmp_path / "red")
+    with pytest.raises(ValueError, match="2 classes to learn from and 1 to test on.*add test images of class 1"):
+        evaluate(out, data=tmp_path)
 
 
 def test_evaluate_is_what_the_run_recorded(out):
@@ -122,8 +252,34 @@ def test_evaluate_is_what_the_run_recorded(out):
 
 
 def test_what_cannot_be_evaluated(out, tmp_path):
-    with pytest.raises(ValueError, match="protocol: got 'knm', allowed: knn, linear"):
-        evaluate(out, protocol="knm")
+    for settings, message in (
+        ({"protocol": "knm"}, "protocol: got 'knm', did you mean 'knn'. allowed: knn, linear, finetune, transfer, or"),
+        ({"initial": "scratch"}, "initial: got 'scratch', allowed: checkpoint, random"),
+        ({"freeze": "blocks"}, "freeze: got 'blocks' without protocol=transfer"),
+        ({"protocol": "transfer"}, "freeze: got 'none', .*allowed: a stage of ConvNet, blocks, blocks.0, blocks.1"),
+        ({"seeds": 0}, "seeds: got 0, allowed: a whole number >= 1"),
+        ({"epochs": 0}, "epochs: got 0"),
+        ({"lr": -1.0}, "lr: got -1.0, allowed: a finite number above 0"),
+        ({"label_fraction": 0.003}, "label_fraction: got 0.003, which is 0 images of each of the 10 classes"),
+        ({"label_fraction": 0.99}, "label_fraction: got 0.99, which is 142 images .* class 8 has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(out, **settings)
+    assert not (out / "evaluation" / "digits_0.99_seed0.npy").exists()
+    torch.save({"state_dict": {}, "arch": "resnet50"}, tmp_path / "moco.pt")
+    with pytest.raises(ValueError, match="moco.pt is not a checkpoint of ssl_fast.train .*state_dict, arch"):
+        evaluate(tmp_path / "moco.pt")
+    saved = torch.load(out / "checkpoints" / "last.pt")
+    for args, message in (
+        ({"method": "byol"}, "checkpoint: its method is 'byol', allowed: simclr, moco_v1, moco_v2, barlow_twins"),
+        (
+            {"model": "resnet18"},
+            "model: the checkpoint's weights do not fit this ResNet: .*the backbone that was trained",
+        ),
+    ):
+        torch.save(saved | {"args": saved["args"] | args}, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=message):
+            evaluate(tmp_path / "other.pt", data="digits")
     with pytest.raises(FileNotFoundError, match="last.pt does not exist"):
         evaluate(tmp_path)
     for i in range(4):
@@ -139,6 +295,10 @@ def test_a_module_without_a_name_has_to_be_given_again(tmp_path):
     train(tmp_path, "digits", model=encoder(8), epochs=1, batch_size=700, knn_every=0)
     with pytest.raises(ValueError, match="trained an nn.Module of class <Sequential>; pass such a module as model="):
         evaluate(tmp_path)
-    with pytest.raises(ValueError, match="weights do not fit this model"):
+    with pytest.raises(ValueError, match="weights do not fit this Sequential: 2 of 2 differ, such as 1.weight"):
         evaluate(tmp_path, model=encoder(9))
+    given = encoder(8)
+    before = given[1].weight.clone()
+    evaluate(tmp_path, model=given, protocol="knn,finetune", epochs=1, label_fraction=0.05)
+    assert torch.equal(given[1].weight, before)
     assert 0 < evaluate(tmp_path, model=encoder(8), protocol="knn")["knn"] <= 1
