@@ -20,7 +20,7 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int = 20, block: int = 
     """The k rows of a bank with the largest cosine to each query, exactly, without the (Q, B) similarities.
 
     Tile after tile of them is one matrix product, of which only what exceeds a query's k-th best so far is looked at.
-    Neither features are copied: beside the result, memory is O(block * (block + F)). The bank may lie on the host and
+    Neither features are copied: beside the result, memory is O(block * (block + k + F)). The bank may lie on the host and
     be a memory-mapped file.
 
     Equivalent to: (F.normalize(queries) @ F.normalize(bank).T).topk(k).
@@ -28,7 +28,7 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int = 20, block: int = 
     Args:
         bank, queries: features (B, F) and (Q, F); computed in fp32, or in fp64 where they are.
         k: neighbours, at most B.
-        block: rows of the bank in a tile; a quarter as many queries.
+        block: rows of the bank in a tile, at least 32 k, with a quarter of `block` queries.
 
     Returns:
         Cosines (Q, k), the largest first, and rows of the bank (Q, k), int64, on the queries' device. Of equal
@@ -46,10 +46,12 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int = 20, block: int = 
     if not 1 <= k <= len(bank):
         raise ValueError(f"k: got {k}, allowed: 1 to {len(bank)}, the images in the bank")
     dtype = torch.float64 if torch.float64 in (bank.dtype, queries.dtype) else torch.float32
-    block = -(-max(block, k) // GROUP) * GROUP
+    if not len(queries):
+        return queries.new_empty(0, k, dtype=dtype), queries.new_empty(0, k, dtype=torch.long)
+    rows = max(1, block // 4)
+    block = -(-max(block, 2 * GROUP * k) // GROUP) * GROUP
     best = torch.full((len(queries), k), -torch.inf, dtype=dtype, device=queries.device)
     index = torch.zeros(len(queries), k, dtype=torch.long, device=queries.device)
-    rows = max(1, block // 4)
     buffer = best.new_empty(min(rows, len(queries)), min(block, -(-len(bank) // GROUP) * GROUP))
     for start in range(0, len(bank), block):
         part = F.normalize(bank[start : start + block].to(queries.device, dtype))
@@ -65,19 +67,20 @@ def _merge(best: Tensor, index: Tensor, tile: Tensor, start: int) -> None:
     """Let the similarities of a tile, to bank rows from `start` on, take their places among the best, in place."""
     n, k = best.shape
     groups = tile.unflatten(1, (GROUP, -1))
-    row, lane = (groups.amax(1) > best[:, -1:]).nonzero(as_tuple=True)
-    if GROUP * len(row) >= tile.numel() // 4:  # the first tile, and banks whose best come last
-        similar = torch.cat([best, tile], 1)
-        best[:], kept = similar.topk(k)
-        columns = torch.arange(start, start + tile.shape[1], device=index.device).expand(n, -1)
-        index[:] = torch.cat([index, columns], 1).gather(1, kept)
-        return
+    largest, floor = groups.amax(1), best[:, -1:]
+    hot = largest > floor
+    if int(hot.sum()) > hot.numel() // 8:  # the first tile, or a bank whose best come last
+        # k groups hold one each that is no less than the k-th largest of their maxima.
+        within = largest.topk(min(k, largest.shape[1])).values[:, k - 1 :]
+        floor = torch.cat([floor, within.nextafter(torch.full_like(within, -torch.inf))], 1).amax(1, keepdim=True)
+        hot = largest > floor
+    row, lane = hot.nonzero(as_tuple=True)
     values = groups[row, :, lane]
-    which, group = (values > best[row, -1:]).nonzero(as_tuple=True)
+    which, group = (values > floor[row]).nonzero(as_tuple=True)
     row, column, values = row[which], lane[which] + group * groups.shape[2], values[which, group]
     count = torch.bincount(row, minlength=n)
     place = k + torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-    width = k + int(count.max())
+    width = k + int(count.amax())
     similar = F.pad(best, (0, width - k), value=-torch.inf)
     columns = F.pad(index, (0, width - k))
     similar[row, place], columns[row, place] = values, column + start
