@@ -1,7 +1,8 @@
 """Nearest neighbours by cosine: ours, scikit-learn's brute force, and all similarities at once with torch.topk.
 
-    python -m benches.bench_knn            10,000 queries over 100,000 x 512 features, k = 20 and 200
-    python -m benches.bench_knn --quick    a tenth of both, nothing written
+    python -m benches.bench_knn                    4,000 queries over 100,000 x 512 features, k = 20 and 200
+    python -m benches.bench_knn --queries 10000    as many
+    python -m benches.bench_knn --quick            a tenth of both, nothing written
 
 The ratio is to the matrix product of the similarities alone, tile by tile into one kept buffer: what no exact search goes
 below. Peak extra MB is that of the first call of a fresh process. The error is the largest difference, in fp64 cosine,
@@ -107,6 +108,7 @@ def rows(bank_size: int, query_count: int, width: int, k: int) -> list[common.Ro
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of both, nothing written")
+    parser.add_argument("--queries", type=int, default=4_000)
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -117,7 +119,7 @@ def main() -> None:
         return
     print(f"{common.device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(", ".join(COLUMNS), flush=True)
-    sizes = (10_000, 1_000) if args.quick else (100_000, 10_000)
+    sizes = (10_000, args.queries // 10) if args.quick else (100_000, args.queries)
     made = [row for k in (20, 200) for row in rows(*sizes, 512, k)]
     print("\n" + common.table(made, COLUMNS))
     if not args.quick:
