@@ -56,7 +56,7 @@ def checkpoint(folder: Path, model: str = "convnet", size: int = 8, channels: in
     with torch.no_grad():
         for _ in range(3):
             encoder.train()(torch.rand(8, channels, size, size))
-    network = METHODS[method].build(encoder, features, **({"K": 64} if "moco" in method else {}))
+    network = METHODS[method].build(encoder, features, dim=16, **({"K": 64} if "moco" in method else {}))
     args = {"data": data, "data_dir": None, "model": model, "method": method, "stem": stem}
     facts = {"args": args, "named": True, "step": 0, "image_size": size, "channels": channels}
     (folder / "checkpoints").mkdir(parents=True)

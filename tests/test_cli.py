@@ -29,18 +29,18 @@ def one_thread():
 def test_overview_and_help(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
-    assert all(f"\n  {name} " in text for name in ("train", "evaluate", "plan", "demo", "info"))
+    assert all(f"\n  {name} " in text for name in ("train", "evaluate", "embed", "export", "plan"))
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     assert "batch_size=256" in text and "temperature=0.5" in text and "resume: continue the run" in text
-    for command in ("evaluate", "plan", "demo", "info"):
+    for command in ("evaluate", "embed", "export", "plan", "demo", "info"):
         assert main([command, "--help"]) == 0
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("trian", "unknown command 'trian', did you mean 'train'? allowed: train, evaluate, plan, demo, info"),
+        ("trian", "unknown command 'trian', did you mean 'train'? allowed: train, evaluate, embed, export, plan,"),
         ("train", "out= is missing"),
         ("train out=x bath_size=4", "unknown key 'bath_size', did you mean 'batch_size'? allowed: out, data, method"),
         ("train out=x hed=linear", "did you mean 'head'?"),
@@ -52,6 +52,9 @@ def test_overview_and_help(capsys):
         ("train out=x --epochs 4", "got '--epochs', allowed: key=value, such as epochs=..."),
         ("train out=x method=simsiam", "method: got 'simsiam'"),
         ("evaluate data=digits", "checkpoint= is missing"),
+        ("evaluate checkpoint=x label_fraction=1%", "label_fraction: got '1%', allowed: a number"),
+        ("embed checkpoint=x data=y", "out= is missing"),
+        ("export checkpoint=x out=y", "format= is missing"),
         ("info verbose=true", "unknown key 'verbose'"),
     ],
 )

@@ -60,9 +60,8 @@ def test_rows_are_the_features_of_the_files_named(run, images, tmp_path):
                       "unreadable": 1}  # fmt: skip
     h, (head, *names) = np.load(tmp_path / "h.npy"), rows(tmp_path / "h.csv")
     assert h.shape == (29, 128) and h.dtype == np.float32 and head == ["file", "class"]
-    assert [name for name, _ in names] == sorted(
-        str(p.relative_to(images)) for p in images.rglob("*.png") if p.stem != "11"
-    )
+    whole = sorted(str(path.relative_to(images)) for path in images.rglob("*.png") if path.stem != "11")
+    assert [name for name, _ in names] == whole
     assert all(name[0] == label for name, label in names)
     for i in (0, 12, 28):  # each alone: no row belongs to another file
         (tmp_path / "one").mkdir(exist_ok=True)
@@ -74,9 +73,8 @@ def test_rows_are_the_features_of_the_files_named(run, images, tmp_path):
 
     embed(run, images, tmp_path / "s.safetensors", batch_size=7)
     tensors = load_file(tmp_path / "s.safetensors")
-    assert torch.equal(tensors["features"], torch.from_numpy(h)) and rows(tmp_path / "s.csv") == rows(
-        tmp_path / "h.csv"
-    )
+    assert torch.equal(tensors["features"], torch.from_numpy(h))
+    assert rows(tmp_path / "s.csv") == rows(tmp_path / "h.csv")
     assert tensors["labels"].tolist() == ["abc".index(label) for _, label in names]
 
 
@@ -88,9 +86,8 @@ def test_features_are_those_that_evaluation_sees(run, tmp_path):
         Image.fromarray(pixels).resize((9, 9), Image.NEAREST).save(tmp_path / f"{i:02}.png")
     embed(run, tmp_path, tmp_path / "h.npy")
     plain = load_data(tmp_path, None, 8)
-    expected, _ = encode(
-        load_encoder(read_checkpoint(run / "checkpoints/last.pt")), plain.train, 8, torch.device("cpu"), channels=1
-    )
+    encoder = load_encoder(read_checkpoint(run / "checkpoints/last.pt"))
+    expected, _ = encode(encoder, plain.train, 8, torch.device("cpu"), channels=1)
     np.testing.assert_allclose(np.load(tmp_path / "h.npy"), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -109,15 +106,13 @@ module.embed(*sys.argv[1:4], batch_size=7)
 """
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
-def test_a_killed_call_goes_on(suffix, run, images, tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    out, whole = tmp_path / f"h{suffix}", tmp_path / f"whole{suffix}"
+def test_a_killed_call_goes_on(run, images, tmp_path, monkeypatch):
+    out, whole = tmp_path / "h.safetensors", tmp_path / "whole.safetensors"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", KILLED, str(run), str(images), str(out)]
     assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
-    assert not out.exists() and json.loads((tmp_path / f".h{suffix}.json").read_text())["done"] == 21
-    with (tmp_path / f".h{suffix}.partial").open("ab") as file:
+    assert not out.exists() and json.loads((tmp_path / ".h.safetensors.json").read_text())["done"] == 21
+    with (tmp_path / ".h.safetensors.partial").open("ab") as file:
         file.write(b"half a row that no journal knows of")
     seen, view = [], embed_module.plain_view
     monkeypatch.setattr(embed_module, "plain_view", lambda x, size: seen.append(len(x)) or view(x, size))
@@ -133,11 +128,9 @@ def test_what_changed_since_the_break_starts_anew(run, images, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     def broken():
-        calls, view = [], embed_module.plain_view
+        calls = iter([embed_module.plain_view] * 2 + [stop])
         with monkeypatch.context() as patch:
-            patch.setattr(
-                embed_module, "plain_view", lambda *args: calls.append(1) or (view if len(calls) < 3 else stop)(*args)
-            )
+            patch.setattr(embed_module, "plain_view", lambda *args: next(calls)(*args))
             with pytest.raises(KeyboardInterrupt):
                 embed(run, images, tmp_path / "h.npy", batch_size=7)
 

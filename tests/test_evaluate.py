@@ -12,9 +12,9 @@ from torch import nn
 
 from ssl_fast import finetune as finetune_module
 from ssl_fast.backbones import ConvNet, build_encoder
-from ssl_fast.data import Split, load_data
+from ssl_fast.data import load_data
 from ssl_fast.evaluate import embedding_std, encode, evaluate, folded
-from ssl_fast.finetune import balanced_subset, finetune, freeze_through
+from ssl_fast.finetune import balanced_subset, finetune, freeze_through, subset
 from ssl_fast.knn import knn_accuracy
 from ssl_fast.methods import METHODS
 from ssl_fast.probe import linear_probe
@@ -48,10 +48,8 @@ def test_linear_probe_separates_what_is_linear(probe):
     assert expected < 1
     features[:, 3] = 7.0  # a feature that says nothing, and has no deviation
     scaled = 1e4 * features * torch.logspace(-3, 3, 8) - 5
-    constant = linear_probe(features[:200], labels[:200], features[200:], labels[200:], probe)
-    assert linear_probe(scaled[:200], labels[:200], scaled[200:], labels[200:], probe) == pytest.approx(
-        constant, abs=0.02
-    )
+    constant, same = (linear_probe(x[:200], labels[:200], x[200:], labels[200:], probe) for x in (features, scaled))
+    assert constant == pytest.approx(same, abs=0.02)
     labels = torch.randint(0, 3, (300,), generator=torch.Generator().manual_seed(0))
     assert linear_probe(features[:200], labels[:200], features[200:], labels[200:], probe) < 0.6
 
@@ -66,7 +64,7 @@ def test_the_probe_by_sgd_is_as_good_as_logistic_regression_and_leaves_the_rando
     with pytest.raises(ValueError, match="probe: got 'sdg', did you mean 'sgd'"):
         linear_probe(train, y, test, test_y, "sdg")
     with pytest.raises(FloatingPointError, match="lower lr"):
-        linear_probe(train, y, test, test_y, "sgd", lr=1e38)
+        linear_probe(train, y, test, test_y, "sgd", lr=1e300)
 
 
 @pytest.mark.parametrize("dim", [16, 256])
@@ -171,9 +169,7 @@ def test_subsets_are_balanced_nested_and_of_the_seed():
     smallest = int(labels.bincount().min())
     with pytest.raises(ValueError, match=f"label_fraction: got 0.9, which is 180 .* class 2 has {smallest}, allowed: "):
         balanced_subset(labels, 0.9)
-    with pytest.raises(
-        ValueError, match="got 0.001, which is 0 images of each of the 5 classes.*allowed: 0.0026 to 0.7"
-    ):
+    with pytest.raises(ValueError, match="got 0.001, which is 0 images of each of the 5 .*allowed: 0.0026 to 0.7"):
         balanced_subset(labels, 0.001)
     assert len(balanced_subset(labels, 0.0026)) == 5
     for fraction in (0, 1.5, float("nan"), "1%"):
@@ -183,11 +179,7 @@ def test_subsets_are_balanced_nested_and_of_the_seed():
 
 def small_digits():
     data = load_data("digits")
-    return (
-        Split(data.train.images[:64], data.train.labels[:64]),
-        Split(data.test.images[:50], data.test.labels[:50]),
-        data,
-    )
+    return subset(data.train, torch.arange(64)), subset(data.test, torch.arange(50)), data
 
 
 @pytest.mark.parametrize("freeze, folds", [("none", 0), ("blocks.1", 2), ("blocks.2.0", 0), ("blocks", 4)])
@@ -198,11 +190,9 @@ def test_what_is_frozen_stays_and_the_rest_is_trained(freeze, folds, monkeypatch
     before = copy.deepcopy(encoder).eval()
     monkeypatch.setattr(finetune_module, "_fold_frozen", lambda *args: None)
     plain = finetune(encoder, train, test, data, CPU, freeze=freeze, epochs=2)
-    names = list(encoder.state_dict())
+    names, states = list(encoder.state_dict()), [m.state_dict().values() for m in (before, encoder)]
     last = max((i for i, name in enumerate(names) if f"{name}.".startswith(f"{freeze}.")), default=-1)
-    for i, (name, was, now) in enumerate(
-        zip(names, before.state_dict().values(), encoder.state_dict().values(), strict=True)
-    ):
+    for i, (name, was, now) in enumerate(zip(names, *states, strict=True)):
         assert torch.equal(was, now) == (i <= last), name
     monkeypatch.undo()
     encoder = copy.deepcopy(before)
@@ -217,13 +207,12 @@ def test_what_is_frozen_stays_and_the_rest_is_trained(freeze, folds, monkeypatch
 def test_freezing_knows_the_stages_of_a_network():
     encoder = torchvision.models.resnet18()
     assert freeze_through(encoder, "layer1") == ["conv1", "bn1", "relu", "maxpool", "layer1"]
+    trained = {name for name, p in encoder.named_parameters() if p.requires_grad}
     assert (
-        not any(p.requires_grad for p in encoder.layer1.parameters()) and encoder.layer2[0].conv1.weight.requires_grad
+        not any(name.startswith(("conv1", "bn1", "layer1")) for name in trained) and "layer2.0.conv1.weight" in trained
     )
-    assert (
-        freeze_through(encoder, "layer2.0")[-2:] == ["layer1", "layer2.0"]
-        and encoder.layer2[1].conv1.weight.requires_grad
-    )
+    assert freeze_through(encoder, "layer2.0")[-2:] == ["layer1", "layer2.0"]
+    assert encoder.layer2[1].conv1.weight.requires_grad and not encoder.layer2[0].conv1.weight.requires_grad
     vit = torchvision.models.VisionTransformer(32, 16, 2, 2, 16, 32)
     freeze_through(vit, "conv_proj")
     assert not vit.class_token.requires_grad and vit.encoder.layers[0].mlp[0].weight.requires_grad
@@ -274,7 +263,7 @@ def test_what_cannot_be_evaluated(out, tmp_path):
         ({"method": "byol"}, "checkpoint: its method is 'byol', allowed: simclr, moco_v1, moco_v2, barlow_twins"),
         (
             {"model": "resnet18"},
-            "model: the checkpoint's weights do not fit this ResNet: .*the backbone that was trained",
+            "model: the checkpoint's weights do not fit this ResNet: .*the backbone that was tr",
         ),
     ):
         torch.save(saved | {"args": saved["args"] | args}, tmp_path / "other.pt")
