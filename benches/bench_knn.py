@@ -1,13 +1,13 @@
-"""Nearest neighbours by cosine: ours, scikit-learn's brute force, and all similarities at once with torch.topk.
+"""Nearest neighbours by cosine: ours and scikit-learn's brute force.
 
     python -m benches.bench_knn                    4,000 queries over 100,000 x 512 features, k = 20 and 200
     python -m benches.bench_knn --queries 10000    as many
     python -m benches.bench_knn --quick            a tenth of both, nothing written
 
-The ratio is to the matrix product of the similarities alone, tile by tile into one kept buffer: what no exact search goes
-below. Peak extra MB is that of the first call of a fresh process. The error is the largest difference, in fp64 cosine,
-between a neighbour and scikit-learn's of the same rank: two that are equal in fp32 may change places. Features are those
-of 1,000 clusters, whose members lie together in the bank, as in a folder of classes.
+The ratio is to the matrix products of the similarities alone, tile by tile into one kept buffer: what no exact search
+goes below. Peak extra MB is that of the first call of a fresh process. The error is the largest difference, in fp64
+cosine, between a neighbour and scikit-learn's of the same rank: two that are equal in fp32 may change places. Features
+are those of 1,000 clusters, whose members lie together in the bank, as in a folder of classes.
 """
 
 from __future__ import annotations
@@ -56,15 +56,10 @@ def sklearn(bank: Tensor, queries: Tensor, k: int) -> Tensor:
     return torch.from_numpy(search.kneighbors(queries.cpu().numpy(), return_distance=False)).to(DEVICE)
 
 
-def topk(bank: Tensor, queries: Tensor, k: int) -> Tensor:
-    return (F.normalize(queries) @ F.normalize(bank).T).topk(k).indices
-
-
 PROVIDERS: dict[str, Callable[[Tensor, Tensor, int], Any]] = {
     "matrix products": product,
     "ssl_fast": ours,
     "scikit-learn, brute": sklearn,
-    "matmul, topk": topk,
 }
 
 
@@ -81,16 +76,15 @@ def disagreement(bank: Tensor, queries: Tensor, found: Tensor, expected: Tensor)
 def rows(bank_size: int, query_count: int, width: int, k: int) -> list[common.Row]:
     bank, queries = features(bank_size, query_count, width)
     shape = f"B {bank_size} Q {query_count} F {width} k {k}"
-    names = ["matrix products", "ssl_fast", "scikit-learn, brute"]
     results: dict[str, Any] = {}
 
     def keeping(name: str) -> Callable[[], None]:
         return lambda: results.__setitem__(name, PROVIDERS[name](bank, queries, k))
 
-    times = common.interleave({name: keeping(name) for name in names}, seconds=1.0, rounds=2, slow=60.0)
+    times = common.interleave({name: keeping(name) for name in PROVIDERS}, seconds=1.0, rounds=2, slow=60.0)
     floor = common.timing(times["matrix products"])["ms"]
     made = []
-    for name in names:
+    for name in PROVIDERS:
         row = {"op": "knn", "shape": shape, "dtype": "float32", "provider": name, "allocator": "default"}
         row |= common.timing(times[name]) | {"to": "matrix products"} | common.conditions()
         row["ratio"] = row["ms"] / floor

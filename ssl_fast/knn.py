@@ -20,8 +20,8 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int = 20, block: int = 
     """The k rows of a bank with the largest cosine to each query, exactly, without the (Q, B) similarities.
 
     Tile after tile of them is one matrix product, of which only what exceeds a query's k-th best so far is looked at.
-    Neither features are copied: beside the result, memory is O(block * (block + k + F)). The bank may lie on the host and
-    be a memory-mapped file.
+    Neither features are copied: beside the result, memory is O(block * (block + k + F)). The bank may lie on the host,
+    as a memory-mapped file too.
 
     Equivalent to: (F.normalize(queries) @ F.normalize(bank).T).topk(k).
 
