@@ -210,7 +210,8 @@ def knn(batch: int, sizes: tuple[int | None, ...], epochs: int, seeds: int) -> N
                 torch.manual_seed(seed)
                 found.append(
                     train(folder, "digits", model=ConvNet(1, 16), batch_size=batch, epochs=epochs, seed=seed,
-                          micro_batch=size, knn_every=epochs, optimizer="sgd", lr=0.06 * batch / 256)["knn"]
+                          micro_batch=size, knn_every=epochs, probe_every=0, optimizer="sgd",
+                          lr=0.06 * batch / 256)["knn"]
                 )  # fmt: skip
         name = "whole batch" if size is None else f"micro_batch {size}"
         print(

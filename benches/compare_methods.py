@@ -90,12 +90,12 @@ def mflop(data: ImageData) -> float:
     return counter.get_total_flops() / 1e6
 
 
-def subset(data: ImageData, images: int, folder: Path) -> Path:
-    """The first images of Fashion-MNIST, and all that are for testing, as idx files: a data set that `train` takes."""
+def subset(data: ImageData, images: int, folder: Path, test: int | None = None) -> Path:
+    """The first images of Fashion-MNIST, and those for testing, as idx files: a data set that `train` takes."""
     folder.mkdir(exist_ok=True)
     assert data.test is not None
     parts = [t for split in (data.train, data.test) for t in (split.images, split.labels)]
-    for name, part, count in zip(FASHION_FILES, parts, (images, images, None, None), strict=True):
+    for name, part, count in zip(FASHION_FILES, parts, (images, images, test, test), strict=True):
         values = np.asarray(part)[:count].astype(np.uint8).reshape(-1, *([28, 28] if "images" in name else []))
         header = np.array(values.shape, ">i4").tobytes()
         (folder / name).write_bytes(bytes([0, 0, 8, values.ndim]) + header + values.tobytes())
@@ -160,7 +160,7 @@ def main() -> None:
         else:
             folder = out / name
             train(folder, source, model=encoder(data.channels, seed), epochs=epochs, seed=seed, knn_every=0,
-                  resume=(folder / "args.yaml").exists(), **settings)  # fmt: skip
+                  probe_every=0, resume=(folder / "args.yaml").exists(), **settings)  # fmt: skip
             scores = evaluate(folder, model=encoder(data.channels, seed))
             row = described(settings, epochs, images) | {"kNN": scores["knn"], "linear": scores["linear"]}
         if name not in done:

@@ -88,7 +88,7 @@ def main() -> None:
         start = time.monotonic()
         net, folder = encoder(norm, data.channels, seed), out / name.replace(" ", "_")
         result = train(folder, "digits", model=net, epochs=epochs, head="linear", optimizer="sgd", lr=0.06, seed=seed,
-                       log_every=5, knn_every=epochs, overwrite=True)  # fmt: skip
+                       log_every=5, knn_every=epochs, probe_every=0, overwrite=True)  # fmt: skip
         row = {"norm": name, "mean over": axes, "loss": result["loss"], "kNN": result["knn"]}
         row |= {
             "seconds": time.monotonic() - start,

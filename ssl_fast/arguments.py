@@ -38,6 +38,7 @@ def check_arguments(given: dict[str, Any]) -> dict[str, Any]:
         "batch_size": 2,
         "log_every": 1,
         "knn_every": 0,
+        "probe_every": 0,
         "save_every": 0,
         "keep_every": 0,
         "seed": 0,

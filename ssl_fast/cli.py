@@ -21,6 +21,7 @@ from ssl_fast.evaluate import evaluate
 from ssl_fast.export import export
 from ssl_fast.plan import Plan, plan
 from ssl_fast.progress import console
+from ssl_fast.report import report
 from ssl_fast.run import read_args
 from ssl_fast.train import train
 
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate,
     "embed": embed,
     "export": export,
+    "report": report,
     "plan": plan,
     "demo": demo,
     "info": show_info,

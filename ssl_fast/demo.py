@@ -36,7 +36,7 @@ def demo(out: str | Path = "out/demo", epochs: int = 50) -> dict[str, Any]:
         >>> demo()["trained"]
     """
     start = time.monotonic()
-    settings: dict[str, Any] = {"optimizer": "sgd", "lr": 0.06, "knn_every": 5, "log_every": 5}
+    settings: dict[str, Any] = {"optimizer": "sgd", "lr": 0.06, "knn_every": 5, "probe_every": 5, "log_every": 5}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a model gains nothing from a second thread, and loses much on a busy machine
     try:

@@ -192,11 +192,20 @@ def _save(indices: Tensor, folder: Path, data: str, fraction: float, seed: int) 
     return str(path)
 
 
-def knn_on(encoder: nn.Module, data: ImageData, device: torch.device, num_workers: int = 0) -> dict[str, float]:
-    """kNN accuracy of an encoder on a labelled data set, with the k and temperature it was taken at."""
+def knn_on(
+    encoder: nn.Module,
+    data: ImageData,
+    device: torch.device,
+    num_workers: int = 0,
+    test: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, float]:
+    """kNN accuracy of an encoder on a labelled data set, with the k and temperature it was taken at.
+
+    `test` is what `encode` returned for data.test, where that is at hand.
+    """
     assert data.bank is not None and data.test is not None
     bank = encode(encoder, data.bank, data.size, device, num_workers=num_workers)
-    test = encode(encoder, data.test, data.size, device, num_workers=num_workers)
+    test = test or encode(encoder, data.test, data.size, device, num_workers=num_workers)
     k = knn_k(len(bank[0]))
     return {"knn": round(knn_accuracy(*bank, *test, k=k), 6), "knn_k": k, "knn_t": KNN_T}
 

@@ -99,7 +99,7 @@ class Progress:
         r = self._shown
         parts = [f"loss {r['loss']:.4f}"] if "loss" in r else []
         parts += [f"{r['images_per_s']:.0f} images/s, data wait {r['data_wait']:.0%}"] if "images_per_s" in r else []
-        parts += [f"kNN {r['knn']:.2%}"] if "knn" in r else []
+        parts += [f"{name} {r[key]:.2%}" for key, name in (("knn", "kNN"), ("probe", "probe")) if key in r]
         parts += [f"std {r['std']:.4f}"] if "std" in r else []
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(parts), refresh=False)

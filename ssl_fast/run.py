@@ -25,7 +25,7 @@ FREE = ("data_dir", "device", "num_workers", "memory")
 class Run:
     """Everything of a run lies in `out`:
 
-        args.yaml  metrics.jsonl  train.log  checkpoints/last.pt  plots/  events.out.tfevents.*
+        args.yaml  metrics.jsonl  train.log  checkpoints/last.pt  plots/  report.html  events.out.tfevents.*
 
     The constructor only checks: nothing is written before `open`, and nothing at all where `writes` is False, by the
     other processes of a run.
@@ -112,8 +112,9 @@ class Run:
     def _clear(self) -> None:
         """Remove what a run writes, and nothing else that may lie in the folder."""
         checkpoints = ["checkpoints/last.pt", "checkpoints/epoch_[0-9][0-9][0-9][0-9].pt"]
-        plots = ["plots/curves.png", "plots/pca.png", "plots/views.png"]
-        files = ["args.yaml", "metrics.jsonl", "train.log", "events.out.tfevents.*", *checkpoints, *plots]
+        pictures = ("curves", "fractions", "pca", "umap", "neighbours", "views", "filters")
+        shown = ["evaluations.jsonl", "report.html", *(f"plots/{name}.png" for name in pictures)]
+        files = ["args.yaml", "metrics.jsonl", "train.log", "events.out.tfevents.*", *checkpoints, *shown]
         for path in [path for pattern in files for path in self.out.glob(pattern)]:
             path.unlink()
 

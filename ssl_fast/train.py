@@ -22,10 +22,14 @@ from ssl_fast.cached import checkpoint_stages as checkpointed
 from ssl_fast.data import ImageData, Loader, epoch_batches, load_data
 from ssl_fast.evaluate import embedding_std, encode, folded, knn_on
 from ssl_fast.methods import METHODS, Method
+from ssl_fast.online import OnlineProbe
 from ssl_fast.ops.two_views import PackedImages
 from ssl_fast.optim import SCHEDULES, build_optimizer
-from ssl_fast.plots import plot_curves, plot_pca, plot_views
+from ssl_fast.plots import plot_views
 from ssl_fast.progress import Interruption, Progress, Stopwatch
+from ssl_fast.report import describe
+from ssl_fast.report import draw as draw_pictures
+from ssl_fast.report import write as write_report
 from ssl_fast.run import Run, pick_device, read_rows, rng_state, seed_everything, set_rng_state
 from ssl_fast.sync_batch_norm import convert_sync_batchnorm
 
@@ -58,6 +62,7 @@ def train(
     num_workers: int | None = None,
     seed: int = 0,
     knn_every: int = 1,
+    probe_every: int = 1,
     log_every: int = 10,
     save_every: int = 0,
     keep_every: int = 0,
@@ -76,7 +81,8 @@ def train(
     too, but in MoCo, whose method wants it apart. The first process alone writes.
 
     Args:
-        out: folder for args.yaml, metrics.jsonl, train.log, TensorBoard events, checkpoints/ and plots/.
+        out: folder for args.yaml, metrics.jsonl, train.log, TensorBoard events, checkpoints/, plots/ and
+            report.html, which shows it all.
         data: "digits", "fashion_mnist", "cifar10", "stl10", or the path of a folder of images.
         method: "simclr", "barlow_twins", "moco_v1" or "moco_v2"; each with the optimizer, schedule and augmentation of
             its paper where they are "auto".
@@ -109,6 +115,8 @@ def train(
         num_workers: processes that decode images from a folder; 0 decodes in this one; default one a core, at most 8.
         seed: of weights, data order and augmentation.
         knn_every: epochs between kNN evaluations (k = 20, or 200 from 10,000 images up; t = 0.07); 0 for none.
+        probe_every: epochs between evaluations of the online linear probe, which learns from h at every step and leaves
+            the encoder as it would be without it (`ssl_fast.online.OnlineProbe`); 0 for none.
         log_every: steps between rows of metrics.jsonl.
         save_every: steps between checkpoints, beside the one at the end of each epoch.
         keep_every: epochs between checkpoints kept as epoch_NNNN.pt; 0 keeps only last.pt.
@@ -122,7 +130,7 @@ def train(
             images want a short queue and a quick key encoder: K=4096, m=0.99 for CIFAR-10.
 
     Returns:
-        A dict: `checkpoint`, `step`, `epoch`, and the last `loss`, `std` and `knn` recorded.
+        A dict: `checkpoint`, `step`, `epoch`, and the last `loss`, `std`, `knn` and `probe` recorded.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: before anything is written, for arguments that do not fit; in
@@ -159,7 +167,8 @@ def train(
     optim = build_optimizer(network, optimizer, batch_size, lr, weight_decay, recipe.bias_lr)
     factor_of = SCHEDULES[recipe.schedule if schedule == "auto" else schedule]
     peak = [group["lr"] for group in optim.param_groups]
-    embeddings = _LastOutput(network.head)
+    seen, labels = _Seen(network.head), images.train.labels if probe_every and images.test else None
+    probe = None if labels is None or not team.leads else OnlineProbe(features, int(labels.max()) + 1, chosen)
 
     steps_per_epoch = len(images.train) // batch_size
     total = epochs * steps_per_epoch
@@ -167,6 +176,8 @@ def train(
     if not team.leads:  # draws of the network itself, as dropout's, differ between processes
         seed_everything(seed_of((seed, team.rank)))
     step = _restore(run.saved, network, optim, images, team, seed) if run.saved else 0
+    if probe and run.saved:
+        probe.load_state_dict(run.saved["probe"])
     cached = None
     if micro_batch is not None:
         if not hasattr(network, "cached"):
@@ -184,12 +195,18 @@ def train(
 
     evaluated = encoder
 
-    def measure_knn() -> None:
+    def measure() -> None:
+        """What is due after this epoch; before the first, the random encoder, which the curve starts from."""
         nonlocal evaluated
-        if not team.leads:
+        epoch = step // steps_per_epoch
+        knn, probes = (bool(n) and (epoch % n == 0 or step == total) for n in (knn_every, probe_every))
+        if not team.leads or images.test is None or not (knn or (probes and step)):
             return
         evaluated = folded(evaluated, images, chosen)
-        row = {"step": step, "epoch": round(step / steps_per_epoch, 4), **knn_on(evaluated, images, chosen, workers)}
+        test = encode(evaluated, images.test, images.size, chosen, num_workers=workers)
+        row: dict[str, Any] = {"step": step, "epoch": round(step / steps_per_epoch, 4)}
+        row |= knn_on(evaluated, images, chosen, workers, test) if knn else {}
+        row |= {"probe": round(probe.accuracy(*test), 6)} if probe and probes and step else {}
         run.record(row)
         progress.show(row, line=True)
 
@@ -198,7 +215,7 @@ def train(
         keep = keep_every and not rest and epoch % keep_every == 0
         facts = {"args": run.config, "named": isinstance(model, str), "step": step}
         facts |= {"images": len(images.train), "image_size": images.size, "channels": images.channels}
-        facts |= {"micro_batch": cached and cached.micro_batch}
+        facts |= {"micro_batch": cached and cached.micro_batch, "probe": probe and probe.state_dict()}
         state = {"model": network.state_dict(), "optimizer": optim.state_dict(), "rng": team.all(rng_state())}
         run.save(facts | state, copy=f"epoch_{epoch:04d}.pt" if keep else None)
 
@@ -211,9 +228,12 @@ def train(
         if knn_every and images.test is None:
             log.info("kNN is skipped: %s has no labels", images.name)
             knn_every = 0
+        if probe_every and labels is None:
+            log.info("the online probe is skipped: the training images of %s have no labels", images.name)
+            probe_every = 0
         with Interruption() as interruption:
-            if knn_every and step == 0:
-                measure_knn()  # the random encoder, which the curve starts from
+            if step == 0:
+                measure()
             network.train()
             watch.restart()
             for epoch, batch, indices in watch.waiting(_batches(images, team, workers, batch_size, seed, step, epochs)):
@@ -224,6 +244,7 @@ def train(
                 for group, rate in zip(optim.param_groups, peak, strict=True):
                     group["lr"] = rate * factor
                 optim.zero_grad(set_to_none=True)
+                seen.h.clear()
                 with torch.autocast(chosen.type, torch.bfloat16, enabled=precision == "bf16"):
                     loss = network.cached(view1, view2, cached) if cached else model_of_all(view1, view2)
                 if cached:
@@ -231,6 +252,9 @@ def train(
                 else:
                     loss.backward()
                 optim.step()
+                if probe and labels is not None:
+                    h = torch.cat(seen.h)[-2 * len(batch) :]  # a search for the micro-batch has rows before
+                    probe.learn(h, labels[indices].repeat(len(h) // len(batch)).to(chosen))
                 step += 1
                 watch.count(len(batch) * team.world)
 
@@ -240,7 +264,7 @@ def train(
                 stops = team.any(interruption.requested) if team.world == 1 or logs or saves else False
                 value = _finite(team.mean(loss), step, run) if logs or saves or stops else math.nan
                 if logs:
-                    z = embeddings.last
+                    z = seen.z
                     row = {"step": step, "epoch": round(step / steps_per_epoch, 4), "loss": value}
                     row |= {"lr": peak[0] * factor, "std": embedding_std(z), **watch.lap()}
                     run.record(row)
@@ -249,13 +273,14 @@ def train(
                         _warn_of_collapse(row["std"], z.shape[1])
                 if saves or stops:
                     with watch.paused():
-                        if epoch_ends and knn_every and (step // steps_per_epoch % knn_every == 0 or step == total):
-                            measure_knn()
+                        if epoch_ends:
+                            measure()
                         save()
                 if stops and step < total:
                     raise KeyboardInterrupt
         if team.leads:
-            _draw(run, encoder, images, chosen, workers)
+            missing = draw_pictures(run.out, encoder, network.head, images, chosen, workers)
+            write_report(run.out, describe(step, total), missing)
             log.info("done: %s", run.last)
         team.wait()
     except KeyboardInterrupt:
@@ -285,16 +310,19 @@ def _batches(
         done = 0
 
 
-class _LastOutput:
-    """Keeps what a module returned last, without its graph."""
+class _Seen:
+    """Keeps what passes the head, without its graph: z of its last call, and h of every call with gradients."""
 
-    last: Tensor
+    z: Tensor
 
-    def __init__(self, module: nn.Module) -> None:
-        module.register_forward_hook(self._keep)
+    def __init__(self, head: nn.Module) -> None:
+        self.h: list[Tensor] = []
+        head.register_forward_hook(self._keep)
 
-    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.last = output.detach()
+    def _keep(self, head: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.z = output.detach()
+        if torch.is_grad_enabled():
+            self.h.append(inputs[0].detach())
 
 
 def _check_batch(batch_size: int, images: ImageData) -> None:
@@ -359,10 +387,3 @@ def _warn_of_collapse(std: float, dim: int) -> None:
     if std < 0.02 * healthy:
         next_step = "they all point the same way. Lower lr, or raise temperature or batch_size"
         log.warning("collapse: the embeddings' std is %.1e, healthy is about %.1e; %s", std, healthy, next_step)
-
-
-def _draw(run: Run, encoder: nn.Module, images: ImageData, device: torch.device, workers: int) -> None:
-    """The curves, and the embedding of the test images (of the training images where there are no labels)."""
-    plot_curves(read_rows(run.metrics), run.plots / "curves.png")
-    h, labels = encode(encoder, images.test or images.train, images.size, device, num_workers=workers)
-    plot_pca({f"h of {images.name}, PCA": h}, labels, run.plots / "pca.png")

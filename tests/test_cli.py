@@ -29,18 +29,18 @@ def one_thread():
 def test_overview_and_help(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
-    assert all(f"\n  {name} " in text for name in ("train", "evaluate", "embed", "export", "plan"))
+    assert all(f"\n  {name} " in text for name in ("train", "evaluate", "report", "plan", "demo", "info"))
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     assert "batch_size=256" in text and "temperature=0.5" in text and "resume: continue the run" in text
-    for command in ("evaluate", "embed", "export", "plan", "demo", "info"):
+    for command in ("evaluate", "report", "plan", "demo", "info"):
         assert main([command, "--help"]) == 0
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("trian", "unknown command 'trian', did you mean 'train'? allowed: train, evaluate, embed, export, plan,"),
+        ("trian", "unknown command 'trian', did you mean 'train'? allowed: train, evaluate, report, plan, demo, info"),
         ("train", "out= is missing"),
         ("train out=x bath_size=4", "unknown key 'bath_size', did you mean 'batch_size'? allowed: out, data, method"),
         ("train out=x hed=linear", "did you mean 'head'?"),
@@ -77,6 +77,10 @@ def test_train_then_evaluate(capsys, tmp_path):
     assert "checkpoint" in capsys.readouterr().out
     assert main(["evaluate", f"checkpoint={tmp_path}"]) == 0
     assert "linear" in capsys.readouterr().out
+    assert main(["report", f"out={tmp_path}"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert main(["report", f"out={tmp_path / 'none'}"]) == 1
+    assert "none holds no run, allowed: the folder that `train` was given as out" in capsys.readouterr().err
     assert main(["train", f"out={tmp_path}", *QUICK]) == 1
     assert "is not empty; add resume=true" in capsys.readouterr().err
     assert main(["train", f"out={tmp_path}", "resume=true"]) == 0  # the other arguments are the run's own

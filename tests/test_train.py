@@ -1,5 +1,6 @@
 """A run and its folder: exact resume after SIGKILL, and everything that must not break a run or a checkpoint."""
 
+import importlib.util
 import logging
 import os
 import signal
@@ -114,7 +115,7 @@ def test_resume_after_sigkill_equals_an_unbroken_run(tmp_path, given):
     train(tmp_path / "broken", model=tiny(), resume=True, **settings)
 
     whole, broken = (read_checkpoint(tmp_path / name / "checkpoints/last.pt") for name in ("whole", "broken"))
-    assert whole["step"] == 9 and equal(whole, broken)
+    assert whole["step"] == whole["probe"]["steps"] == 9 and equal(whole, broken)
     assert given.get("method") is None or whole["model"]["queue.pointer"] == 9 * 360 % 1000
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
     assert [row["step"] for row in metrics(tmp_path / "broken") if "loss" in row] == list(range(1, 10))
@@ -160,8 +161,9 @@ def test_out_holds_everything(tmp_path):
     pytest.importorskip("tensorboard")
     result = train(tmp_path, model="convnet", **{**QUICK, "epochs": 1, "precision": "bf16"}, head="linear", dim=16)
     names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file() and "tfevents" not in p.name}
-    plots = {f"plots/{name}.png" for name in ("curves", "pca", "views")}
-    assert names == {"args.yaml", "metrics.jsonl", "train.log", "checkpoints/last.pt"} | plots
+    plots = {f"plots/{name}.png" for name in ("curves", "pca", "neighbours", "filters", "views")}
+    plots |= {"plots/umap.png"} if importlib.util.find_spec("umap") else set()
+    assert names == {"args.yaml", "metrics.jsonl", "train.log", "report.html", "checkpoints/last.pt"} | plots
     assert list(tmp_path.glob("events.out.tfevents.*"))
     args = yaml.safe_load((tmp_path / "args.yaml").read_text())
     assert (args["model"], args["head"], args["dim"], args["temperature"], args["lr"]) == (
@@ -299,8 +301,15 @@ def test_a_folder_without_labels_trains_with_workers(tmp_path, caplog):
         result = train(tmp_path / "out", tmp_path, **settings)
     text = caplog.text
     assert result["step"] == 4 and "knn" not in result
-    assert "kNN is skipped" in text and text.count("cannot decode") == 1 and "3.png" in text
-    assert (tmp_path / "out/plots/pca.png").exists()
+    assert (
+        "kNN is skipped" in text
+        and "the online probe is skipped" in text
+        and text.count("cannot decode") == 1
+        and "3.png" in text
+    )
+    assert (tmp_path / "out/plots/pca.png").exists() and "finished after 4" in (
+        tmp_path / "out/report.html"
+    ).read_text()
 
 
 def test_collapse_is_reported(tmp_path, caplog):
@@ -309,7 +318,7 @@ def test_collapse_is_reported(tmp_path, caplog):
             return super().forward(x) * 0 + 1
 
     with caplog.at_level(logging.WARNING, "ssl_fast"):
-        train(tmp_path, model=tiny(Constant), **{**QUICK, "epochs": 1, "knn_every": 0}, head="none")
+        train(tmp_path, model=tiny(Constant), **{**QUICK, "epochs": 1, "knn_every": 0, "probe_every": 0}, head="none")
     assert "collapse" in caplog.text and metrics(tmp_path)[-1]["std"] < 1e-6
 
 
@@ -326,12 +335,12 @@ def test_without_a_terminal_one_line_a_minute(caplog):
         quiet, every = Progress(10, 0, every=1e9), Progress(10, 0, every=0)
         quiet.show(row)
         assert not caplog.records
-        quiet.show({"step": 2, "epoch": 1.0, "knn": 0.5}, line=True)
+        quiet.show({"step": 2, "epoch": 1.0, "knn": 0.5, "probe": 0.25}, line=True)
         every.show(row)
-    line = "epoch 1, step 2 of 10: loss 2.0000, 100 images/s, data wait 25%, kNN 50.00%, std 0.1000"
+    line = "epoch 1, step 2 of 10: loss 2.0000, 100 images/s, data wait 25%, kNN 50.00%, probe 25.00%, std 0.1000"
     assert [r.getMessage() for r in caplog.records] == [
         line,
-        line.replace("epoch 1, step 2", "epoch 0.5, step 1").replace(" kNN 50.00%,", ""),
+        line.replace("epoch 1, step 2", "epoch 0.5, step 1").replace(" kNN 50.00%, probe 25.00%,", ""),
     ]
 
 
