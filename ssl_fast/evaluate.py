@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import math
 import statistics
@@ -79,6 +80,7 @@ def evaluate(
         A dict of what was evaluated and, by protocol, of accuracies between 0 and 1: `knn` (and `knn_k`, `knn_t`),
         `linear` (and `probe`), `finetune`, `transfer`; with several seeds the mean, and `linear_std`, the sample
         standard deviation, and `linear_seeds`, each figure; for the others alike. `subsets`: the .npy files of indices.
+        It is added to evaluations.jsonl in the run's folder, for the run's report.
 
     Raises:
         ValueError, FileNotFoundError: for a checkpoint or data set that is not there or does not fit, classes that are
@@ -139,6 +141,7 @@ def evaluate(
     for p, values in found.items():
         result[p] = statistics.fmean(values)
         result |= {f"{p}_std": statistics.stdev(values), f"{p}_seeds": values} if seeds > 1 else {}
+    _record(result, _run_folder(path))
     return result
 
 
@@ -190,6 +193,17 @@ def _save(indices: Tensor, folder: Path, data: str, fraction: float, seed: int) 
     np.save(buffer, indices.numpy())
     write_atomically(path, buffer.getvalue())
     return str(path)
+
+
+def _record(result: dict[str, Any], run: Path) -> None:
+    """Add a row to the run's evaluations.jsonl, which its report shows."""
+    if not (run / "args.yaml").is_file():  # a checkpoint that was taken elsewhere
+        return
+    try:
+        with (run / "evaluations.jsonl").open("a") as file:
+            file.write(json.dumps(result) + "\n")
+    except OSError as error:
+        log.info("the run's report will not have this evaluation: %s", error)
 
 
 def knn_on(

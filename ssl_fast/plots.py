@@ -48,7 +48,7 @@ def plot_fractions(evaluations: list[dict[str, Any]], path: Path) -> None:
             if protocol in row:
                 frozen = f" of what follows {row['freeze']}" if protocol == "transfer" else ""
                 weights = ", random weights" if row.get("initial") == "random" else ""
-                curve = curves.setdefault(f"{protocol}{frozen} on {row['data']}{weights}", {})
+                curve = curves.setdefault(f"{protocol}{frozen} on {Path(row['data']).name}{weights}", {})
                 curve[row.get("label_fraction", 1.0)] = row.get(f"{protocol}_seeds", [row[protocol]])
     figure, axis = _figure((7, 4))
     for name, curve in curves.items():
@@ -99,9 +99,9 @@ def umap(features: Tensor) -> Tensor:
 def plot_views(images: Tensor | PackedImages, view1: Tensor, view2: Tensor, path: Path, columns: int = 8) -> None:
     """The first images (uint8) of a batch above their two views (normalised floats)."""
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in MEAN_STD[view1.shape[1]])
-    side, count = view1.shape[-1], min(columns, len(images))
-    first = [F.interpolate(images[i][None].cpu().float() / 255, (side, side)) for i in range(count)]
-    rows = [torch.cat(first), *(v[:count].cpu().float() * std + mean for v in (view1, view2))]
+    count = min(columns, len(images))
+    first = [F.interpolate(images[i][None].cpu().float() / 255, view1.shape[-2:]) for i in range(count)]
+    rows = [torch.cat(first), *(view[:count].cpu().float() * std + mean for view in (view1, view2))]
     _plot_tiles(rows, path, names=["image", "view 1", "view 2"])
 
 

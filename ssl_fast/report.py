@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssl_fast.arguments import method_arguments
 from ssl_fast.backbones import _width
 from ssl_fast.data import ImageData, Split, load_data
-from ssl_fast.evaluate import encode, load_encoder
+from ssl_fast.features import encode, load_encoder
 from ssl_fast.fold import eval_mode
 from ssl_fast.folder import ImageFiles
 from ssl_fast.methods import METHODS

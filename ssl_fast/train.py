@@ -20,7 +20,8 @@ from ssl_fast.backbones import SMALL_IMAGE, build_encoder
 from ssl_fast.cached import CachedStep
 from ssl_fast.cached import checkpoint_stages as checkpointed
 from ssl_fast.data import ImageData, Loader, epoch_batches, load_data
-from ssl_fast.evaluate import embedding_std, encode, folded, knn_on
+from ssl_fast.evaluate import embedding_std, knn_on
+from ssl_fast.features import encode, folded
 from ssl_fast.methods import METHODS, Method
 from ssl_fast.online import OnlineProbe
 from ssl_fast.ops.two_views import PackedImages
