@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ssl_fast import demo as demo_module
-from ssl_fast.cli import main
+from ssl_fast.cli import COMMANDS, main
 
 QUICK = ["data=digits", "model=convnet", "batch_size=360", "epochs=1", "knn_every=0"]
 
@@ -29,18 +29,18 @@ def one_thread():
 def test_overview_and_help(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
-    assert all(f"\n  {name} " in text for name in ("train", "evaluate", "report", "plan", "demo", "info"))
+    assert all(f"\n  {name} " in text for name in COMMANDS)
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     assert "batch_size=256" in text and "temperature=0.5" in text and "resume: continue the run" in text
-    for command in ("evaluate", "report", "plan", "demo", "info"):
+    for command in COMMANDS:
         assert main([command, "--help"]) == 0
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("trian", "unknown command 'trian', did you mean 'train'? allowed: train, evaluate, report, plan, demo, info"),
+        ("trian", "unknown command 'trian', did you mean 'train'? allowed: train, evaluate, embed, export, report"),
         ("train", "out= is missing"),
         ("train out=x bath_size=4", "unknown key 'bath_size', did you mean 'batch_size'? allowed: out, data, method"),
         ("train out=x hed=linear", "did you mean 'head'?"),

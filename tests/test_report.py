@@ -3,9 +3,9 @@
 import base64
 import copy
 import io
-import json
 import os
 import re
+import shutil
 import signal
 
 import pytest
@@ -17,9 +17,10 @@ from torch import nn
 from ssl_fast import plots
 from ssl_fast import report as report_module
 from ssl_fast.data import Split, load_data
+from ssl_fast.evaluate import evaluate
 from ssl_fast.online import OnlineProbe
 from ssl_fast.report import report
-from ssl_fast.run import read_checkpoint
+from ssl_fast.run import read_checkpoint, read_rows
 from ssl_fast.train import train
 
 
@@ -88,20 +89,21 @@ def test_the_report_of_a_finished_run_needs_nothing_else(out):
     assert "None yet: <code>ssl-fast evaluate" in text
 
 
-def test_the_report_shows_evaluations_made_since(out):
-    rows = [
-        {"data": "digits", "label_fraction": 0.01, "initial": i, "finetune": 0.5, "finetune_seeds": [0.4, 0.6]}
-        for i in ("checkpoint", "random", "random")
-    ]
-    (out / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut sh')
-    try:
-        report(out, device="cpu")
-        text = (out / "report.html").read_text()
-        assert "<th>label_fraction</th>" in text and "Accuracy" in pictures(out)
-        assert text.count("<td>[0.4, 0.6]</td>") == 2  # each evaluation once
-    finally:
-        (out / "evaluations.jsonl").unlink()
-        (out / "plots/fractions.png").unlink()
+def test_the_report_shows_evaluations_made_since(out, tmp_path):
+    settings = {"protocol": "knn", "label_fraction": 0.1, "seeds": 2, "out": tmp_path, "device": "cpu"}
+    found = [evaluate(out, **settings, initial=initial) for initial in ("checkpoint", "random", "random")]
+    shutil.copy(out / "checkpoints/last.pt", tmp_path)
+    evaluate(tmp_path / "last.pt", protocol="knn")  # of no run's folder
+    path = out / "evaluations.jsonl"
+    assert read_rows(path) == found and not (tmp_path / path.name).exists()
+    with path.open("a") as file:
+        file.write('{"cut sh')
+    report(out, device="cpu")
+    text = (out / "report.html").read_text()
+    assert "<th>label_fraction</th>" in text and "Accuracy" in pictures(out)
+    assert text.count(f"<td>{found[0]['knn']:.6g}</td>") == text.count(f"<td>{found[1]['knn']:.6g}</td>") == 1
+    path.unlink()
+    (out / "plots/fractions.png").unlink()
 
 
 def test_the_report_of_a_run_that_was_broken_off(tmp_path):
