@@ -125,7 +125,7 @@ class Loader:
             generator=torch.Generator(),  # else each epoch would draw a seed from the run's global generator
         )
 
-    def __call__(self, batches: list[Tensor]) -> Iterator[tuple[Tensor | PackedImages, Tensor]]:
+    def __call__(self, batches: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:
         if isinstance(self.images, Tensor):
             for indices in batches:
                 images = self.images[indices.to(self.images.device)]

@@ -173,13 +173,13 @@ def finetune(
             module.training = module not in frozen
         parameters = [p for p in network.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True)
-        views = TwoViews(_light(data), data.size, data.channels)
+        views = TwoViews(_light(data), data.size, views=1, seed=seed)
         labels, loader = train.labels.to(device), Loader(train, device, num_workers)
         total, step = epochs * (n // batch), 0
         loss = torch.zeros(())
         for epoch in counted(range(epochs), epochs, "fine-tuning, epochs"):
             for images, indices in loader(epoch_batches(n, batch, seed, epoch)):
-                view, _ = views(as_channels(images, data.channels), key=(seed, epoch, step))
+                (view,) = views(as_channels(images, data.channels), indices, epoch)
                 optimizer.param_groups[0]["lr"] = lr * SCHEDULES["cosine"](step, total, 0)
                 optimizer.zero_grad(set_to_none=True)
                 loss = F.cross_entropy(network(view), labels[indices.to(device)])
