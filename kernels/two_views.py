@@ -342,7 +342,7 @@ def two_views(
         with torch.cuda.device_of(images):
             _resample_kernel[(V, tiles)](
                 images, on_device, params, planes, sums, N, H, W, size, C=channels, LAST=last, PIXELS=PIXELS,
-                num_warps=8,
+                num_warps=8, maxnreg=64,
             )  # fmt: skip
             _colour_kernel[(V, triton.cdiv(size, rows))](
                 planes, params, sums, out, size, tiles, *numbers, C=channels, ROWS=rows, WIDTH=width
