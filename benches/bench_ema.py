@@ -4,12 +4,11 @@
 stochastically, as ours does when told to; otherwise ours keeps fp32 masters, 12 bytes a parameter instead of 6.
 
 `python -m benches.bench_ema` prints the tables and writes the rows to benches/results.csv; `--quick` takes every shape
-at a sixteenth of its width and writes nothing.
+at a sixteenth of its width.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 from collections.abc import Callable, Iterator
@@ -21,14 +20,27 @@ from torch import Tensor, nn
 
 import ssl_fast
 from benches import common
+from benches.common import DEVICE, Provider, Step, Table
 from ssl_fast.ops import ema
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MOMENTUM = 0.999
-DTYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
 MASTERS = "bfloat16, fp32 masters"
-TINY: list[tuple[int, ...]] = [(8,)] * 1000  # where the time is that of Python and the dispatcher
+# Of the targets and the sources.
+DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "float32 <- bfloat16": (torch.float32, torch.bfloat16),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    MASTERS: (torch.bfloat16, torch.bfloat16),
+}
 FLOOR = "copy of as many bytes"
+
+Tensors = list[Tensor]
+Update = Callable[[Tensors, Tensors], Any]
+
+
+def cases(quick: bool) -> list[tuple[str, int, str]]:
+    """The network, what its width is divided by, and the dtypes; "tiny" is where the time is Python's."""
+    return [*(("resnet50", 16 if quick else 1, dtype) for dtype in DTYPES), ("tiny", 1, "float32")]
 
 
 def resnet50_shapes(shrink: int = 1) -> Iterator[tuple[int, ...]]:
@@ -51,47 +63,66 @@ def resnet50_shapes(shrink: int = 1) -> Iterator[tuple[int, ...]]:
     yield from ((1000, into), (1000,))
 
 
-def naive(targets: list[Tensor], sources: list[Tensor]) -> None:
+def naive(targets: Tensors, sources: Tensors) -> None:
     """MoCo's own loop (He et al. 2020)."""
     for t, s in zip(targets, sources, strict=True):
         t.data = t.data * MOMENTUM + s.data * (1.0 - MOMENTUM)
 
 
-def mul_add(targets: list[Tensor], sources: list[Tensor]) -> None:
+def mul_add(targets: Tensors, sources: Tensors) -> None:
     for t, s in zip(targets, sources, strict=True):
         t.mul_(MOMENTUM).add_(s, alpha=1 - MOMENTUM)
 
 
-def foreach_lerp(targets: list[Tensor], sources: list[Tensor]) -> None:
+def foreach_lerp(targets: Tensors, sources: Tensors) -> None:
     torch._foreach_lerp_(targets, sources, 1 - MOMENTUM)
 
 
-def ours(backend: str, rounding: str = "nearest") -> Callable[[list[Tensor], list[Tensor]], None]:
-    def update(targets: list[Tensor], sources: list[Tensor]) -> None:
+def ours(backend: str, rounding: str = "nearest") -> Update:
+    def update(targets: Tensors, sources: Tensors) -> None:
         with ssl_fast.backend(backend):
-            ema.ema_update_(targets, sources, MOMENTUM, rounding=rounding)
+            ssl_fast.ema_update_(targets, sources, MOMENTUM, rounding=rounding)
 
     return update
 
 
-def replayed(update: Callable[[], None]) -> Callable[[], None]:
-    """The update as a CUDA graph: the kernel without the time that Python takes to launch it."""
-    update()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        update()
-    return graph.replay
+# ---- a provider gives, for targets and sources, one step and the tensors that it updates
 
 
-def of_modules(average: Callable[[nn.Module], Any], targets: list[Tensor], sources: list[Tensor]) -> Callable[[], None]:
-    """One step of a class that averages a module, its walk over the parameters included."""
+def of_lists(update: Update, targets: Tensors, sources: Tensors) -> tuple[Step, Tensors]:
+    return lambda: update(targets, sources), targets
+
+
+def of_modules(average: Callable[[nn.Module], Any], targets: Tensors, sources: Tensors) -> tuple[Step, Tensors]:
+    """A class that averages a module, its walk over the parameters included."""
     start, model = (nn.ParameterList(nn.Parameter(t) for t in side) for side in (targets, sources))
     averaged = average(start)
-    return lambda: averaged.update(model)
+    return lambda: averaged.update(model), list(averaged.module.parameters())
 
 
-def providers(target: torch.dtype, source: torch.dtype) -> dict[str, Callable[[list[Tensor], list[Tensor]], Any]]:
-    """By name: a function of the weights that gives one step."""
+def lightly_names(targets: Tensors, sources: Tensors) -> tuple[Step, Tensors]:
+    """`update_momentum`, in lightly's order of arguments."""
+    average, model = (nn.ParameterList(nn.Parameter(t) for t in side) for side in (targets, sources))
+    return lambda: ssl_fast.update_momentum(model, average, MOMENTUM), list(average)
+
+
+def foreach_masters(averages: Tensors, sources: Tensors) -> tuple[Step, Tensors]:
+    """What ours does in one pass, by PyTorch's own functions."""
+    masters = [t.float() for t in averages]
+
+    def step() -> None:
+        torch._foreach_lerp_(masters, [s.float() for s in sources], 1 - MOMENTUM)
+        torch._foreach_copy_(averages, masters)
+
+    return step, averages
+
+
+def updates(dtype: str) -> dict[str, Callable[[Tensors, Tensors], tuple[Step, Tensors]]]:
+    """By provider."""
+    target, source = DTYPES[dtype]
+    average = partial(of_modules, partial(ssl_fast.EMA, momentum=MOMENTUM))
+    if dtype == MASTERS:
+        return {"torch._foreach_lerp_, _foreach_copy_": foreach_masters, "ssl_fast EMA": average}
     found = {"naive loop": naive, "mul_ add_": mul_add}
     if target == source:
         found["torch._foreach_lerp_"] = foreach_lerp
@@ -101,86 +132,69 @@ def providers(target: torch.dtype, source: torch.dtype) -> dict[str, Callable[[l
             found[f"ssl_fast {backend}"] = ours(backend)
             if target.itemsize == 2:
                 found[f"ssl_fast {backend}, stochastic"] = ours(backend, "stochastic")
-    steps = {name: partial(partial, update) for name, update in found.items()}
-    if target == source:
-        rounding = "nearest" if target.itemsize > 2 else "stochastic"
-        average = partial(ssl_fast.EMA, momentum=MOMENTUM, rounding=rounding)
-        steps["ssl_fast EMA" if rounding == "nearest" else "ssl_fast EMA, stochastic"] = partial(of_modules, average)
-        with contextlib.suppress(ImportError):
-            from timm.utils import ModelEmaV3
+    steps = {name: partial(of_lists, update) for name, update in found.items()}
+    if target != source:
+        return steps
+    if target.itemsize == 2:
+        rounded = partial(ssl_fast.EMA, momentum=MOMENTUM, rounding="stochastic")
+        steps["ssl_fast EMA, stochastic"] = partial(of_modules, rounded)
+    else:
+        steps |= {"ssl_fast EMA": average, "ssl_fast update_momentum": lightly_names}
+    with contextlib.suppress(ImportError):
+        from timm.utils import ModelEmaV3
 
-            steps["timm ModelEmaV3"] = partial(of_modules, partial(ModelEmaV3, decay=MOMENTUM))
+        steps["timm ModelEmaV3"] = partial(of_modules, partial(ModelEmaV3, decay=MOMENTUM))
     return steps
 
 
-def foreach_masters(averages: list[Tensor], sources: list[Tensor]) -> Callable[[], None]:
-    """What ours does in one pass, by PyTorch's own functions."""
-    masters = [t.float() for t in averages]
-
-    def step() -> None:
-        torch._foreach_lerp_(masters, [s.float() for s in sources], 1 - MOMENTUM)
-        torch._foreach_copy_(averages, masters)
-
-    return step
+def replayed(step: Step) -> Step:
+    """The update as a CUDA graph: the kernel without the time that Python takes to launch it."""
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
-def master_providers() -> dict[str, Callable[[list[Tensor], list[Tensor]], Any]]:
-    return {
-        "torch._foreach_lerp_, _foreach_copy_": foreach_masters,
-        "ssl_fast EMA": partial(of_modules, partial(ssl_fast.EMA, momentum=MOMENTUM)),
-    }
-
-
-def bench(
-    shapes: list[tuple[int, ...]], target: torch.dtype, source: torch.dtype, masters: bool, seconds: float
-) -> list[common.Row]:
-    """One interleaved run of every provider, each on weights of its own, beside the copy."""
-    generator = torch.Generator().manual_seed(0)
-
-    def weights(dtype: torch.dtype) -> list[Tensor]:
-        return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
-
+def setup(network: str, shrink: int, dtype: str) -> Table:
+    shapes = [(8,)] * 1000 if network == "tiny" else list(resnet50_shapes(shrink))
+    target, source = DTYPES[dtype]
     count = sum(math.prod(shape) for shape in shapes)
     # The target is read and written, the source read; with masters they are the target, and the average is written too.
-    moved = count * (2 * 4 + target.itemsize + source.itemsize if masters else 2 * target.itemsize + source.itemsize)
-    half = torch.randn(moved // 8, device=DEVICE)
-    kept = torch.empty_like(half)
-    steps: dict[str, Callable[[], Any]] = {FLOOR: lambda: kept.copy_(half)}
-    shared = weights(source)
-    for name, step in (master_providers() if masters else providers(target, source)).items():
-        steps[name] = step(weights(target), shared)
+    moved = count * (2 * target.itemsize + source.itemsize)
+    if dtype == MASTERS:
+        moved = count * (2 * 4 + target.itemsize + source.itemsize)
+
+    def weights() -> tuple[Tensors, Tensors]:
+        generator = torch.Generator().manual_seed(0)
+        drawn = [[torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes] for _ in range(2)]
+        return [t.to(target) for t in drawn[0]], [t.to(source) for t in drawn[1]]
+
+    def build(update: Callable[..., tuple[Step, Tensors]], graph: bool = False) -> Step:
+        step = torch.no_grad()(update(*weights())[0])
+        return replayed(step) if graph else step
+
+    def error(update: Callable[..., tuple[Step, Tensors]]) -> float:
+        """Of all averages together."""
+        targets, sources = weights()
+        truth = torch.cat([t.double().lerp(s.double(), 1 - MOMENTUM).flatten() for t, s in zip(targets, sources, strict=True)])
+        with torch.no_grad():
+            step, updated = update(targets, sources)
+            step()
+        return common.relative_error([torch.cat([t.detach().flatten() for t in updated])], [truth])
+
+    def copy_of_as_many() -> Step:
+        half = torch.randn(moved // 8, device=DEVICE)
+        kept = torch.empty_like(half)
+        return lambda: kept.copy_(half)
+
+    found = [Provider(FLOOR, copy_of_as_many, dtype, work=1.0)]
+    for name, update in updates(dtype).items():
+        found.append(Provider(name, partial(build, update), dtype, work=1.0, error=partial(error, update)))
         if DEVICE == "cuda" and name in ("ssl_fast native", "ssl_fast EMA"):
-            steps[f"{name}, CUDA graph"] = replayed(steps[name])
-
-    with torch.no_grad():
-        measured = common.interleave(steps, seconds=seconds, rounds=11)
-    dtype = MASTERS if masters else " <- ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in (target, source)))
-    rows = []
-    for name, times in measured.items():
-        row = {"op": "ema", "shape": f"{len(shapes)} tensors, {count} parameters", "dtype": dtype, "provider": name}
-        row |= {"allocator": "default", **common.timing(times)}
-        rows.append(row | {"gb_per_s": moved / row["ms"] / 1e6})
-    return [row | {"ratio": row["ms"] / rows[0]["ms"], "to": FLOOR} for row in rows]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small tensors, nothing written")
-    quick = parser.parse_args().quick
-    print(f"EMA, momentum {MOMENTUM}, on {common.device_name()}, {torch.get_num_threads()} threads")
-    conditions, rows = common.conditions(), []
-    network = list(resnet50_shapes(16 if quick else 1))
-    cases = [(network, *dtypes, False) for dtypes in DTYPES]
-    cases += [(network, torch.bfloat16, torch.bfloat16, True), (TINY, *DTYPES[0], False)]
-    for shapes, target, source, masters in cases:
-        measured = bench(shapes, target, source, masters, 0.3 if quick else 6.0)
-        print(f"\n{measured[0]['shape']}, {measured[0]['dtype']}")
-        print(common.table(measured, ("provider", "ms", "ms_p20", "ms_p80", "gb_per_s", "ratio")))
-        rows += [row | conditions for row in measured]
-    if not quick:
-        common.save(rows)
-        print(f"\n{len(rows)} rows written to {common.RESULTS}")
+            found.append(Provider(f"{name}, CUDA graph", partial(build, update, True), dtype, work=1.0))
+    return Table("ema", f"{len(shapes)} tensors, {count} parameters", found, bytes=float(moved))
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, cases, setup, seconds=6.0, allocators=("default",))

@@ -1,31 +1,38 @@
 """InfoNCE with a queue, CLIP and SupCon, forward and backward, against plain PyTorch, their peers and one product.
 
-`python -m benches.bench_info_nce` prints the tables and writes the rows to benches/results.csv; `--quick` takes small
-shapes and writes nothing.
+`python -m benches.bench_info_nce` prints the tables and writes the rows to benches/results.csv.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import ssl_fast
 from benches import common
-from benches.bench_nt_xent import DEVICE, FLOOR, dense_bf16_runs
-from ssl_fast.functional import clip, info_nce, sup_con
+from benches.bench_nt_xent import dense_bf16_runs
+from benches.common import DEVICE, Provider, Table
 
 TEMPERATURE = 0.07
-# N rows, K columns, D. The floor is the product of all rows and columns.
+# N rows, K columns, D.
 SHAPES = {"info_nce": (256, 65536, 128), "clip": (4096, 4096, 512), "sup_con": (4096, 4096, 128)}
 GPU_SHAPES = {"info_nce": (256, 65536, 128), "clip": (32768, 32768, 512), "sup_con": (16384, 16384, 128)}
 QUICK = {"info_nce": (32, 512, 64), "clip": (128, 128, 64), "sup_con": (128, 128, 64)}
+# Products of all rows and columns that a forward and backward pass needs (docs/kernels.md): CLIP's keys have a gradient,
+# SupCon's similarities are symmetric.
+WORK = {"info_nce": 2.0, "clip": 3.0, "sup_con": 2.0}
 
 Loss = Callable[..., Tensor]
+
+
+def cases(quick: bool) -> list[tuple[str, int, int, int]]:
+    """The loss, N, K and D."""
+    shapes = QUICK if quick else GPU_SHAPES if DEVICE == "cuda" else SHAPES
+    return [(op, *shape) for op, shape in shapes.items()]
 
 
 # ---- InfoNCE with a queue: q and k (N, D), the queue (K, D)
@@ -42,23 +49,19 @@ def moco(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
 def queue_losses(queue: Tensor) -> dict[str, Loss]:
     transposed = queue.T.contiguous()
     found: dict[str, Loss] = {
-        "ssl_fast": lambda q, k: info_nce(q, k, queue, TEMPERATURE),
+        "ssl_fast": lambda q, k: ssl_fast.InfoNCE(TEMPERATURE)(q, k, queue),
         "mm + cat + cross_entropy": lambda q, k: moco(q, k, transposed),
     }
-    try:
+    with contextlib.suppress(ImportError):
         from info_nce import info_nce as peer
 
         found["info-nce-pytorch"] = lambda q, k: peer(q, k, queue, TEMPERATURE)
-    except ImportError as error:
-        print(f"info-nce-pytorch is left out: {error}")
-    try:
+    with contextlib.suppress(ImportError):
         from lightly.loss import NTXentLoss
 
         criterion = NTXentLoss(TEMPERATURE, memory_bank_size=tuple(queue.shape)).to(queue.device)
-        criterion.memory_bank.bank = queue.float()
+        criterion.memory_bank.bank = queue.float().clone()  # which it fills
         found["lightly"] = criterion
-    except ImportError as error:
-        print(f"lightly is left out: {error}")
     return found
 
 
@@ -73,16 +76,14 @@ def dense_clip(image: Tensor, text: Tensor) -> Tensor:
 
 def clip_losses() -> dict[str, Loss]:
     found: dict[str, Loss] = {
-        "ssl_fast": lambda image, text: clip(image, text, 1 / TEMPERATURE),
+        "ssl_fast": lambda image, text: ssl_fast.CLIPLoss()(image, text, 1 / TEMPERATURE),
         "dense PyTorch": dense_clip,
     }
-    try:
+    with contextlib.suppress(ImportError):
         from open_clip.loss import ClipLoss
 
         criterion = ClipLoss()
         found["open_clip"] = lambda image, text: criterion(image, text, torch.tensor(1 / TEMPERATURE))
-    except ImportError as error:
-        print(f"open_clip is left out: {error}")
     return found
 
 
@@ -104,137 +105,70 @@ def dense_sup_con(z: Tensor, _: Tensor) -> Tensor:
 
 def sup_con_losses() -> dict[str, Loss]:
     found: dict[str, Loss] = {
-        "ssl_fast": lambda z, _: sup_con(z, labels_of(z), TEMPERATURE),
+        "ssl_fast": lambda z, _: ssl_fast.SupConLoss(TEMPERATURE)(z, labels_of(z)),
         "dense PyTorch": dense_sup_con,
     }
-    try:
+    with contextlib.suppress(ImportError):
         from pytorch_metric_learning.losses import SupConLoss
 
         criterion = SupConLoss(TEMPERATURE)
         found["pytorch-metric-learning"] = lambda z, _: criterion(z, labels_of(z))
-    except ImportError as error:
-        print(f"pytorch-metric-learning is left out: {error}")
     return found
 
 
 # ---- the tables
 
 
-def inputs(op: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(op: str, N: int, K: int, D: int, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
     """Two tensors (N, D), the first with a gradient, and for a queue (K, D)."""
-    N, K, D = shape
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(N, D, generator=generator)
     b = a + torch.randn(N, D, generator=generator)
     if op == "clip":
         a, b = F.normalize(a), F.normalize(b)
     queue = F.normalize(torch.randn(K if op == "info_nce" else 1, D, generator=generator))
-    a, b, queue = (x.to(DEVICE, dtype) for x in (a, b, queue))
+    a, b, queue = (x.to(DEVICE, getattr(torch, dtype)) for x in (a, b, queue))
     return a.requires_grad_(), b.requires_grad_(op == "clip"), queue
 
 
-def losses(op: str, dtype: torch.dtype, queue: Tensor) -> dict[str, Loss]:
-    found = {"info_nce": lambda: queue_losses(queue), "clip": clip_losses, "sup_con": sup_con_losses}[op]()
-    if dtype == torch.bfloat16:  # as a training step has it: ours on bf16 inputs, the plain one too where that is sane
-        keep = ["ssl_fast", next(name for name in found if name != "ssl_fast")]
-        found = {name: loss for name, loss in found.items() if name in keep[: 2 if dense_bf16_runs() else 1]}
-    return found
+def losses(op: str, queue: Tensor) -> dict[str, Loss]:
+    """By provider: ours, then plain PyTorch, then the peers."""
+    return {"info_nce": lambda: queue_losses(queue), "clip": clip_losses, "sup_con": sup_con_losses}[op]()
 
 
-def training_step(loss: Loss, a: Tensor, b: Tensor) -> Callable[[], None]:
-    def step() -> None:
-        a.grad = b.grad = None
-        loss(a, b).backward()
+def provider(name: str, op: str, N: int, K: int, D: int, dtype: str) -> Provider:
+    def build() -> common.Step:
+        a, b, queue = inputs(op, N, K, D, dtype)
+        loss = losses(op, queue)[name]
 
-    return step
+        def step() -> None:
+            a.grad = b.grad = None
+            loss(a, b).backward()
 
+        return step
 
-def gradient(loss: Loss, a: Tensor, b: Tensor) -> Tensor:
-    a = a.detach().clone().requires_grad_()
-    return torch.autograd.grad(loss(a, b.detach()), a)[0]
+    def gradient(name: str, *given: Tensor) -> Tensor:
+        a, b, queue = given
+        a = a.detach().requires_grad_()
+        return torch.autograd.grad(losses(op, queue)[name](a, b.detach()), a)[0]
 
+    def error() -> float:
+        given = inputs(op, N, K, D, dtype)
+        plain = list(losses(op, given[2]))[1]
+        return common.relative_error([gradient(name, *given)], [gradient(plain, *(x.double() for x in given))])
 
-def bench(op: str, shape: tuple[int, int, int], seconds: float) -> list[common.Row]:
-    """One interleaved run of every provider in fp32 and bf16 beside one fp32 product into a kept output."""
-    N, K, D = shape
-    plain = {"info_nce": "mm + cat + cross_entropy"}.get(op, "dense PyTorch")
-    x, y, kept = torch.randn(N, D, device=DEVICE), torch.randn(K, D, device=DEVICE), torch.empty(N, K, device=DEVICE)
-    steps: dict[str, Callable[[], Any]] = {FLOOR: lambda: torch.mm(x, y.T, out=kept)}
-    labels, errors = {FLOOR: ("float32", FLOOR)}, {}
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        a, b, queue = inputs(op, shape, dtype)
-        truth = gradient(losses(op, torch.float32, queue.double())[plain], a.double(), b.double())
-        for provider, loss in losses(op, dtype, queue).items():
-            key = f"{provider} {name}"
-            errors[key] = ((gradient(loss, a, b).double() - truth).norm() / truth.norm()).item()
-            steps[key], labels[key] = training_step(loss, a, b), (name, provider)
-        del truth
-    units = {"info_nce": 2.0, "clip": 4.0, "sup_con": 2.0}[op]  # what ours executes, in products
-    rows = []
-    for key, times in common.interleave(steps, seconds=seconds).items():
-        row = {
-            "op": op,
-            "shape": f"N={N} D={D}" if op != "info_nce" else f"N={N} K={K} D={D}",
-            "dtype": labels[key][0],
-            "provider": labels[key][1],
-            **common.timing(times),
-            "error": errors.get(key, ""),
-        }
-        row["tflops"] = (1.0 if key == FLOOR else units) * 2 * N * K * D / row["ms"] / 1e9
-        rows.append(row)
-    for row in rows:
-        row |= {"ratio": row["ms"] / rows[0]["ms"], "to": FLOOR}
-    return rows
+    return Provider(name, build, dtype, work=WORK[op], error=error if N <= 4096 else None)
 
 
-def memory(op: str, provider: str, dtype_name: str, shape: tuple[int, int, int]) -> float:
-    """MB that the first forward and backward adds to the peak, in a process that has done nothing else."""
-    dtype = getattr(torch, dtype_name)
-    a, b, queue = inputs(op, shape, dtype)
-    return common.extra_memory(training_step(losses(op, dtype, queue)[provider], a, b))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", nargs="*", choices=[*SHAPES, []], help="these alone")
-    parser.add_argument("--quick", action="store_true", help="small shapes, nothing written")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    shapes = QUICK if arguments.quick else GPU_SHAPES if DEVICE == "cuda" else SHAPES
-    if arguments.worker:
-        print(json.dumps(bench(arguments.worker, shapes[arguments.worker], 1.0 if arguments.quick else 8.0)))
-        return
-    if arguments.memory:
-        op, provider, dtype = arguments.memory
-        print(json.dumps(memory(op, provider, dtype, shapes[op])))
-        return
-
-    print(f"Contrastive losses, t={TEMPERATURE}, on {common.device_name()}, {torch.get_num_threads()} threads")
-    conditions, rows, quick = common.conditions(), [], ["--quick"] if arguments.quick else []
-    for op in arguments.op or shapes:
-        for allocator in ("default", "warm") if DEVICE == "cpu" else ("default",):
-            measured = common.in_fresh_process(__spec__.name, [*quick, "--worker", op], allocator)
-            for row in measured:
-                if row["provider"] != FLOOR and allocator == "default":
-                    call = [*quick, "--memory", op, row["provider"], row["dtype"]]
-                    row["extra_mb"] = common.in_fresh_process(__spec__.name, call)
-                row |= {"allocator": allocator, **conditions}
-            print(f"\n{op}, {measured[0]['shape']}, allocator {allocator}")
-            columns = ("provider", "dtype", "ms", "ms_p20", "ms_p80", "ratio", "tflops", "extra_mb", "error")
-            print(common.table(measured, columns))
-            ours = next(r["ms"] for r in measured if r["provider"] == "ssl_fast" and r["dtype"] == "float32")
-            others = [r for r in measured if r["dtype"] == "float32" and r["provider"] not in ("ssl_fast", FLOOR)]
-            print(
-                "fp32: " + ", ".join(f"{r['ms'] / ours:.2f} x faster than {r['provider']}" for r in others), flush=True
-            )
-            rows += measured
-            if not arguments.quick:
-                common.save(rows)  # after each table: what an interruption leaves is kept
-    if not arguments.quick:
-        print(f"\n{len(rows)} rows written to {common.RESULTS}")
+def setup(op: str, N: int, K: int, D: int) -> Table:
+    names = list(losses(op, torch.empty(1, D)))
+    # As a training step has them: ours on bf16 inputs, and the plain one too where that is sane.
+    kinds = [(name, "float32") for name in names]
+    kinds += [(name, "bfloat16") for name in names[: 2 if dense_bf16_runs() else 1]]
+    shape = f"N={N} K={K} D={D}" if op == "info_nce" else f"N={N} D={D}"
+    found = [common.product_of(N, K, D), *(provider(name, op, N, K, D, dtype) for name, dtype in kinds)]
+    return Table(op, shape, found, flop=2.0 * N * K * D)
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, cases, setup, seconds=8.0)

@@ -3,27 +3,28 @@
 Both train the same encoder from the same weights on the same batches by SGD; tests/test_moco.py holds loss and
 gradients of several steps against each other, and the largest difference over the steps of this run is in the table.
 
-`python -m benches.bench_moco` prints the table and writes the rows to benches/results.csv; `--quick` takes a small
-queue and writes nothing.
+`python -m benches.bench_moco` prints the table and writes the rows to benches/results.csv.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benches import common
+from benches.common import DEVICE, Provider, Step, Table
 from ssl_fast import MoCo
 from ssl_fast.backbones import ConvNet
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = "original's step in plain PyTorch"
+
+
+def cases(quick: bool) -> list[tuple[int, int, int]]:
+    """Images, K and pixels of a side."""
+    return [(32, 1024, 8)] if quick else [(256, 65536, 8), (256, 65536, 28)]
 
 
 class PlainMoCo(nn.Module):
@@ -65,20 +66,17 @@ class PlainMoCo(nn.Module):
         return F.cross_entropy(logits, labels)
 
 
-Shape = tuple[int, int, int]  # batch, K, pixels of a side
-
-
-def models(K: int, *names: str) -> dict[str, nn.Module]:
+def model_of(name: str, K: int) -> nn.Module:
+    """From the same weights and queue, whichever it is."""
     torch.manual_seed(0)
     ours = MoCo(ConvNet(1), K=K, T=0.2, mlp=True, features=128).to(DEVICE)
-    built = {"ssl_fast.MoCo": ours, PLAIN: PlainMoCo.like(ours)}
-    return {name: built[name] for name in names or built}
+    return PlainMoCo.like(ours) if name == PLAIN else ours
 
 
-def step_of(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+def step_of(model: nn.Module, images: Tensor) -> Step:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.03, momentum=0.9)
 
-    def step() -> Tensor:
+    def step() -> float:
         loss = model(*images)
         optimizer.zero_grad()
         loss.backward()
@@ -88,53 +86,24 @@ def step_of(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
     return step
 
 
-def bench(shape: Shape, seconds: float) -> list[common.Row]:
-    N, K, size = shape
-    images = torch.randn(2, N, 1, size, size, device=DEVICE)
-    steps = {name: step_of(model, images) for name, model in models(K).items()}
-    losses: dict[str, list[Tensor]] = {name: [] for name in steps}
+def setup(N: int, K: int, size: int) -> Table:
+    def build(name: str, dtype: torch.dtype = torch.float32) -> Step:
+        model = model_of(name, K).to(dtype)
+        images = torch.randn(2, N, 1, size, size, generator=torch.Generator().manual_seed(1))
+        return step_of(model, images.to(DEVICE, dtype))
 
-    def recorded(name: str) -> Callable[[], None]:
-        return lambda: losses[name].append(steps[name]())
+    def error(name: str) -> float:
+        """Of the losses of five steps, against those of the plain one in fp64."""
+        steps = build(name), build(PLAIN, torch.float64)
+        losses = [torch.stack([step() for _ in range(5)]) for step in steps]
+        return common.relative_error(losses[:1], losses[1:])
 
-    measured = common.interleave({name: recorded(name) for name in steps}, seconds=seconds)
-    same = torch.tensor([[float(x) for x in losses[name][:5]] for name in (PLAIN, *steps)])
-    rows = []
-    for name, times in measured.items():
-        row = {"op": "moco", "shape": f"N {N} K {K} {size}x{size}", "dtype": "float32", "provider": name}
-        row |= {"allocator": "default", **common.timing(times)}
-        row["extra_mb"] = common.in_fresh_process("benches.bench_moco", ["--memory", name, *map(str, shape)])
-        row["error"] = float(((same[1 + list(steps).index(name)] - same[0]) / same[0]).abs().max())
-        rows.append(row)
-    return [row | {"ratio": row["ms"] / rows[-1]["ms"], "to": PLAIN} for row in rows]
-
-
-def peak(name: str, shape: Shape) -> float:
-    """MB that the first step of this process adds."""
-    N, K, size = shape
-    images = torch.randn(2, N, 1, size, size, device=DEVICE)
-    return common.extra_memory(step_of(models(K, name)[name], images))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small queue, nothing written")
-    parser.add_argument("--memory", nargs=4, metavar=("MODEL", "N", "K", "SIZE"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.memory:
-        name, N, K, size = args.memory
-        print(json.dumps(peak(name, (int(N), int(K), int(size)))))
-        return
-    shapes: list[Shape] = [(32, 1024, 8)] if args.quick else [(256, 65536, 8), (256, 65536, 28)]
-    print(f"A MoCo step on {common.device_name()}, {torch.get_num_threads()} threads")
-    conditions, rows = common.conditions(), []
-    for shape in shapes:
-        rows += bench(shape, 0.3 if args.quick else 10.0)
-    print(common.table(rows, ("shape", "provider", "ms", "ms_p20", "ms_p80", "ratio", "extra_mb", "error")))
-    if not args.quick:
-        common.save([row | conditions for row in rows])
-        print(f"\n{len(rows)} rows written to {common.RESULTS}")
+    found = [
+        Provider(name, lambda name=name: build(name), error=lambda name=name: error(name))
+        for name in (PLAIN, "ssl_fast.MoCo")
+    ]
+    return Table("moco", f"N {N} K {K} {size}x{size}", found)
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, cases, setup, seconds=10.0, allocators=("default",))

@@ -1,74 +1,223 @@
-"""What the benches share: interleaved timing, the peak memory of a first call, and rows for results.csv."""
+"""What the benches share: one harness for their tables, interleaved timing, peak memory, and rows for results.csv.
+
+A bench of an op is a file with `cases(quick)`, which lists what to measure, and `setup(*case)`, which gives a `Table` of
+providers; `main` and `pytest benches/` do the rest.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import csv
+import ctypes
 import datetime
+import functools
+import gc
+import importlib
 import json
+import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ssl_fast.info import cpu_name
+from ssl_fast.memory import free_memory, out_of_memory, resident_memory
 
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results.csv")
-COLUMNS = ("op", "shape", "dtype", "provider", "allocator", "ms", "ms_p20", "ms_p80", "ratio", "to", "tflops",
-           "gb_per_s", "extra_mb", "error", "device", "threads", "torch", "triton", "commit", "date")  # fmt: skip
+QUICK_RESULTS = ROOT / "out/bench/quick.csv"
+COLUMNS = ("op", "shape", "dtype", "provider", "allocator", "ms", "ms_p20", "ms_p80", "ms_warm_l2", "ratio", "to",
+           "x_floor", "tflops", "gb_per_s", "extra_mb", "error", "device", "threads", "torch", "triton", "commit",
+           "date")  # fmt: skip
+SHOWN = ("op", "dtype", "provider", "ms", "ms_p20", "ms_p80", "ratio", "x_floor", "extra_mb", "error")
 # Half of what eager PyTorch takes on a CPU is page faults: glibc maps tensors over 32 MiB afresh at every call. "warm"
 # keeps them in the heap, for every provider alike.
 ALLOCATORS = {
     "default": {},
     "warm": {"MALLOC_MMAP_THRESHOLD_": "68719476736", "MALLOC_TRIM_THRESHOLD_": "68719476736"},
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COPY, PRODUCT = "copy_", "mm(out=)"  # the two floors
 
 Row = dict[str, Any]
+Step = Callable[[], Any]
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()} ({instruction_set()})"
+@dataclass
+class Provider:
+    """What a row measures.
+
+    `build` gives the step to time; it allocates, so that setting up a table costs nothing. `op` and `dtype` replace
+    those of the table. `work` is that of the step in units of the floor's step, the same for every provider of an op,
+    whatever it executes; None where the two have no unit in common. `error` gives the relative error against fp64.
+    """
+
+    name: str
+    build: Callable[[], Step]
+    dtype: str = "float32"
+    op: str = ""
+    work: float | None = None
+    error: Callable[[], float] | None = None
+    compiled: bool = False  # its first call compiles, so its memory is that of a later one
+
+    @property
+    def key(self) -> str:
+        return ", ".join(filter(None, (self.name, self.op, self.dtype)))
 
 
-def instruction_set() -> str:
-    """The best matrix instructions of this CPU, which decide what a row can reach."""
+@dataclass
+class Table:
+    """Providers that are measured in turn in one run; the first is what ratios are to. `flop` and `bytes` are those
+    of its step where it is a floor."""
+
+    op: str
+    shape: str
+    providers: list[Provider] = field(default_factory=list)
+    flop: float = 0.0
+    bytes: float = 0.0
+
+
+def copy_of(x: Callable[[], Tensor], dtype: str = "float32") -> Provider:
+    """The floor of what moves bytes: a copy of a tensor into a kept one."""
+
+    def build() -> Step:
+        source = x().detach()
+        kept = torch.empty_like(source)
+        return lambda: kept.copy_(source)
+
+    return Provider(COPY, build, dtype, work=1.0)
+
+
+def product_of(N: int, K: int, D: int) -> Provider:
+    """The floor of what multiplies: (N, D) by (D, K) into a kept output, in fp32."""
+
+    def build() -> Step:
+        x, y = torch.randn(N, D, device=DEVICE), torch.randn(K, D, device=DEVICE)
+        kept = torch.empty(N, K, device=DEVICE)
+        return lambda: torch.mm(x, y.T, out=kept)
+
+    return Provider(PRODUCT, build, work=1.0)
+
+
+def relative_error(values: Sequence[Tensor], truths: Sequence[Tensor]) -> float:
+    """The largest, in the norm of whole tensors."""
+    return max(((v.double() - t).norm() / t.norm()).item() for v, t in zip(values, truths, strict=True))
+
+
+# ---- measuring
+
+
+def measure(table: Table, seconds: float, allocator: str = "default") -> list[Row]:
+    """The rows of a table, all of one run. A provider that memory does not suffice for has a row without a time."""
+    peaks = {p.key: _first_call(p) for p in table.providers}
+    running = [p for p in table.providers if peaks[p.key] is not None]
+    steps = {p.key: p.build() for p in running}
+    measured = interleave(steps, seconds=seconds, cold=True)
+    warm = interleave(steps, seconds=seconds / 2) if DEVICE == "cuda" else {}
+    rows: list[Row] = []
+    for p in table.providers:
+        row: Row = {"op": p.op or table.op, "shape": table.shape, "dtype": p.dtype, "provider": p.name}
+        row |= {"allocator": allocator, "to": table.providers[0].name}
+        rows.append(row)
+        if p not in running:
+            continue
+        row |= timing(measured[p.key])
+        row |= {"ms_warm_l2": timing(warm[p.key])["ms"]} if warm else {}
+        row["ratio"] = row["ms"] / rows[0]["ms"]
+        if p.work is not None:
+            row["x_floor"] = row["ratio"] / p.work
+            row |= {"tflops": p.work * table.flop / row["ms"] / 1e9} if table.flop else {}
+            row |= {"gb_per_s": p.work * table.bytes / row["ms"] / 1e6} if table.bytes else {}
+        if p.name not in (COPY, PRODUCT) and allocator == "default":
+            row["extra_mb"] = extra_memory(steps[p.key]) if p.compiled else peaks[p.key]
+        if p.error is not None:
+            row["error"] = p.error()
+    return rows
+
+
+def _first_call(provider: Provider) -> float | None:
+    """MB that the first call adds to the peak; None where it runs out of memory.
+
+    On a CPU in a fork of this process, and within the memory that is free: the system would end a process that takes
+    more, and not raise. This process must not have computed anything yet: a fork has none of OpenMP's threads.
+    """
+
+    def first_call() -> float | None:
+        if DEVICE == "cpu":
+            limit = _data_segment() + free_memory(torch.device("cpu")) - resident_memory("VmRSS")
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        try:
+            return extra_memory(provider.build())
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return None
+
+    if provider.compiled:
+        return 0.0
+    if DEVICE == "cuda":
+        gc.collect()
+        return first_call()
+    fork = multiprocessing.get_context("fork")
+    receive, send = fork.Pipe(duplex=False)
+    child = fork.Process(target=lambda: send.send(first_call()))
+    child.start()
+    send.close()
     try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "unknown"
-    names = (("AMX-BF16", " amx_bf16"), ("AVX-512", " avx512f"), ("AVX2", " avx2"))
-    return next((name for name, flag in names if flag in flags), "baseline")
+        return receive.recv()
+    except EOFError:
+        child.join()
+        if child.exitcode is not None and child.exitcode < 0:  # a signal: memory ran out where nothing could be thrown
+            return None
+        raise RuntimeError(f"{provider.key}: the first call failed") from None
+    finally:
+        child.join()
+
+
+def _data_segment() -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmData:"))
+    return int(line.split()[1]) * 1024
 
 
 def interleave(
-    steps: Mapping[str, Callable[[], Any]], *, seconds: float = 8.0, rounds: int = 5, slow: float = 5.0
+    steps: Mapping[str, Step], *, seconds: float = 8.0, rounds: int = 5, slow: float = 5.0, cold: bool = False
 ) -> dict[str, list[float]]:
     """Milliseconds of each step, measured in turn round by round, so that a drift of the machine meets all alike.
 
     One round warms up. At least `rounds` rounds are timed, and more while they fit into `seconds`. A step that takes
-    more than `slow` seconds is left at its first time.
+    more than `slow` seconds is left at its first time. `cold` empties a GPU's L2 cache in front of each step.
     """
-    first = {name: _timed(step) for name, step in steps.items()}
+    first = {name: _timed(step, cold) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [t] if t > slow * 1e3 else [] for name, t in first.items()}
     quick = [name for name in steps if not times[name]]
     start, done = time.perf_counter(), 0
     while quick and (done < rounds or time.perf_counter() - start < seconds):
         for name in quick:
-            times[name].append(_timed(steps[name]))
+            times[name].append(_timed(steps[name], cold))
         done += 1
     return times
 
 
-def _timed(step: Callable[[], Any]) -> float:
-    if not torch.cuda.is_available():
+def _timed(step: Step, cold: bool) -> float:
+    if DEVICE == "cpu":
         start = time.perf_counter()
         step()
         return (time.perf_counter() - start) * 1e3
+    # What runs in front of the step keeps the GPU busy while Python launches it, so that short kernels do not wait.
+    if cold:
+        torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE).zero_()
+    else:
+        torch.cuda._sleep(200_000)
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
     step()
@@ -83,23 +232,20 @@ def timing(times: list[float]) -> Row:
     return {"ms": cuts[4], "ms_p20": cuts[1], "ms_p80": cuts[7]}
 
 
-def extra_memory(step: Callable[[], Any]) -> float:
-    """MB by which one call raises the peak memory of this process; of the device's memory where there is a GPU."""
-    if torch.cuda.is_available():
+def extra_memory(step: Step) -> float:
+    """MB by which one call raises the peak memory of this process, less the code that it reads in; of the device's
+    memory where there is a GPU."""
+    if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with contextlib.suppress(AttributeError, OSError):  # what glibc keeps of earlier calls would hide the peak
+        ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _status("VmRSS")
+    before, code = resident_memory("VmRSS"), resident_memory("RssFile")
     step()
-    return (_status("VmHWM") - before) / 1e3
-
-
-def _status(field: str) -> int:
-    """A field of /proc/self/status, in kB."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
-    return int(line.split()[1])
+    return max(0, resident_memory("VmHWM") - before - (resident_memory("RssFile") - code)) / 1e6
 
 
 def in_fresh_process(module: str, arguments: Iterable[str], allocator: str = "default") -> Any:
@@ -110,12 +256,83 @@ def in_fresh_process(module: str, arguments: Iterable[str], allocator: str = "de
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     return json.loads(result.stdout.splitlines()[-1])
 
 
+# ---- a bench as a program
+
+
+def main(
+    about: str | None,
+    cases: Callable[[bool], Iterable[Sequence[Any]]],
+    setup: Callable[..., Table],
+    *,
+    seconds: float = 5.0,
+    allocators: Sequence[str] = ("default", "warm"),
+) -> None:
+    """The command line of a bench: each case is measured in a process of its own, shown, and saved at once.
+
+    `--quick` takes the small cases for a moment each and leaves the tracked results as they are.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"small cases, rows to {QUICK_RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the cases that hold this text, such as 64x64x56x56")
+    parser.add_argument("--worker", nargs=2, metavar=("ALLOCATOR", "JSON"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        allocator, case = arguments.worker
+        print(json.dumps(measure(setup(*json.loads(case)), 0.3 if arguments.quick else seconds, allocator)))
+        return
+    quick = ["--quick"] if arguments.quick else []
+    module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
+    rows: list[Row] = []
+    print(f"{(about or '').splitlines()[0]}\n{device_name()}, {torch.get_num_threads()} threads", flush=True)
+    for case in cases(arguments.quick):
+        given = json.dumps(case)
+        if arguments.only not in given:
+            continue
+        for allocator in ("default",) if arguments.quick or DEVICE == "cuda" else allocators:
+            measured = in_fresh_process(module, [*quick, "--worker", allocator, given], allocator)
+            show(measured)
+            rows += measured
+            save(rows, arguments.quick)  # after each table: what an interruption leaves is kept
+
+
+def show(rows: list[Row]) -> None:
+    """A table with the columns that something stands in."""
+    print(f"\n{rows[0]['op']}, {rows[0]['shape']}, allocator {rows[0].get('allocator', 'default')}")
+    print(table(rows, [c for c in SHOWN if any(row.get(c, "") != "" for row in rows)]), flush=True)
+
+
+def setups() -> dict[str, Any]:
+    """The modules of the benches that have a `setup`, by the stem of their op."""
+    files = sorted(Path(__file__).parent.glob("bench_*.py"))
+    modules = {file.stem.removeprefix("bench_"): importlib.import_module(f"benches.{file.stem}") for file in files}
+    return {stem: module for stem, module in modules.items() if hasattr(module, "setup")}
+
+
+# ---- rows
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if DEVICE == "cuda" else f"{cpu_name()} ({instruction_set()})"
+
+
+def instruction_set() -> str:
+    """The best matrix instructions of this CPU, which decide what a row can reach."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "unknown"
+    names = (("AMX-BF16", " amx_bf16"), ("AVX-512", " avx512f"), ("AVX2", " avx2"))
+    return next((name for name, flag in names if flag in flags), "baseline")
+
+
+@functools.cache
 def conditions() -> Row:
+    """Of every row of this process."""
     return {
         "device": device_name(),
         "threads": torch.get_num_threads(),
@@ -142,17 +359,21 @@ def _commit() -> str:
         return ""
 
 
-def save(rows: list[Row], path: Path = RESULTS) -> None:
-    """Replace the rows of these ops, shapes and devices in the table; the others stay."""
-    fresh = [{column: _cell(row.get(column, "")) for column in COLUMNS} for row in rows]
-    replaced = {(r["op"], r["shape"], r["device"]) for r in fresh}
+def save(rows: list[Row], quick: bool = False, path: Path | None = None) -> None:
+    """Replace what the table has of these ops, shapes, dtypes and allocators on this device; the other rows stay."""
+    path = path or (QUICK_RESULTS if quick else RESULTS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    here = conditions()
+    fresh = [{column: _cell((here | row).get(column, "")) for column in COLUMNS} for row in rows]
+    same = ("op", "shape", "dtype", "allocator", "device")
+    replaced = {tuple(r[k] for k in same) for r in fresh}
     kept: list[dict[str, str]] = []
     if path.exists():
         with path.open(newline="") as file:
-            kept = [r for r in csv.DictReader(file) if (r["op"], r["shape"], r["device"]) not in replaced]
+            kept = [r for r in csv.DictReader(file) if tuple(r[k] for k in same) not in replaced]
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS)  # a row from before a column was added has nothing there
         writer.writeheader()
         writer.writerows(kept + fresh)
     partial.replace(path)
