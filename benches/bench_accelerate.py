@@ -5,7 +5,7 @@ Batch norm magnifies rounding: after a step or two fp32 curves differ in their s
 each is held against the same run in fp64: the error is the mean relative distance of its losses from those.
 
 `python -m benches.bench_accelerate` prints the table and writes the rows to benches/results.csv, and the curves to
-out/accelerate_MODEL.csv; `--quick` takes few small images and writes nothing.
+out/accelerate_MODEL.csv; `--quick` takes few small images of the first model.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def case(name: str, dtype: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small network, nothing written")
+    parser.add_argument("--quick", action="store_true", help="a small network")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="this one alone")
     parser.add_argument("--model", choices=MODELS, help="this one alone")
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
@@ -129,23 +129,23 @@ def main() -> None:
         print(json.dumps({"bench": bench, "memory": memory, "truth": truth}[what](*given)))
         return
     print(f"A training step on {common.device_name()}, {torch.get_num_threads()} threads")
-    conditions = common.conditions()
-    for name in (arguments.model,) if arguments.model else MODELS:
+    dtypes = ("float32",) if arguments.quick else ("float32", "bfloat16")
+    for name in (arguments.model,) if arguments.model else tuple(MODELS)[: 1 if arguments.quick else None]:
         rows: list[common.Row] = []
-        for dtype in (arguments.dtype,) if arguments.dtype else ("float32", "bfloat16"):
+        for dtype in (arguments.dtype,) if arguments.dtype else dtypes:
             (batch, pixels), steps = ((2, 32), 3) if arguments.quick else (case(name, dtype), STEPS)
             exact = child("default", "truth", name, batch, pixels, steps)
-            for allocator in ("default", "warm") if DEVICE == "cpu" else ("default",):
+            for allocator in ("default", "warm") if DEVICE == "cpu" and not arguments.quick else ("default",):
                 measured = child(allocator, "bench", name, dtype, batch, pixels, steps, exact)
                 for row in measured:
                     row["extra_mb"] = child(allocator, "memory", row["provider"], name, dtype, batch, pixels)
-                    row |= {"allocator": allocator, **conditions}
+                    row["allocator"] = allocator
                 print(f"\n{measured[0]['shape']}, {dtype}, allocator {allocator}; error: of the losses, against fp64")
                 columns = ("provider", "ms", "ms_p20", "ms_p80", "ratio", "extra_mb", "error")
                 print(common.table(measured, columns), flush=True)
                 rows += measured
+                common.save(rows, arguments.quick)
                 if not arguments.quick:
-                    common.save(rows)
                     write_curves(name, rows)
 
 

@@ -10,7 +10,7 @@ step and that of the whole batch, at the beginning and in a trained network, and
 runs that differ in their micro-batch alone.
 
 `python -m benches.bench_large_batch` prints the tables and writes the rows of the first two to benches/results.csv;
-`--quick` takes small sizes and writes nothing; `--part` takes one of steps, cosines, knn.
+`--quick` takes small sizes; `--part` takes one of steps, cosines, knn.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def knn(batch: int, sizes: tuple[int | None, ...], epochs: int, seeds: int) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, nothing written")
+    parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--part", choices=("steps", "cosines", "knn"), help="this one alone")
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -230,7 +230,7 @@ def main() -> None:
         print(json.dumps(run(*json.loads(args.worker))))
         return
     parts = (args.part,) if args.part else ("steps", "cosines", "knn")
-    conditions, rows = common.conditions(), []
+    rows: list[common.Row] = []
     print(f"{common.device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n", flush=True)
     if "steps" in parts:
         batches, limit = ((128, 1024), "1500MiB") if args.quick else (BATCHES, LIMIT)
@@ -239,10 +239,7 @@ def main() -> None:
     if "cosines" in parts:
         print("\nCosine with the whole batch's gradient, by micro-batch, batch norm live; ConvNet on digits")
         rows += cosines(128, (64, 16), 5) if args.quick else cosines(1024, (512, 256, 128, 64, 32, 16, 8), 100)
-    for row in rows:
-        row |= conditions
-    if rows and not args.quick:
-        common.save(rows)
+    common.save(rows, args.quick)
     if "knn" in parts:
         batch, epochs, seeds = (700, 2, 1) if args.quick else (700, 50, 2)
         print(f"\nkNN accuracy on digits after {epochs} epochs of batch {batch}, batch norm live", flush=True)

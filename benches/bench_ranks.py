@@ -1,7 +1,7 @@
 """NT-Xent over processes by gather and by ring: the memory that a training step adds on each, and its time.
 
 `python -m benches.bench_ranks` prints the table and writes the rows to benches/results.csv; `--quick` takes small
-shapes and writes nothing. The processes share this machine's cores: their times add up, as on a cluster they do not.
+shapes. The processes share this machine's cores: their times add up, as on a cluster they do not.
 """
 
 from __future__ import annotations
@@ -65,20 +65,18 @@ def bench(world: int, N: int, D: int) -> list[common.Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes, nothing written")
+    parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         rank, world, folder, N, D = arguments.worker
         worker(int(rank), int(world), folder, int(N), int(D))
         return
-    conditions, rows = common.conditions() | {"threads": 1}, []
+    rows: list[common.Row] = []
     for world, N, D in [(2, 64, 32)] if arguments.quick else [(2, 1024, 1024), (4, 1024, 1024)]:
-        rows += [row | conditions for row in bench(world, N, D)]
+        rows += [row | {"threads": 1} for row in bench(world, N, D)]
     print(common.table(rows, ("shape", "provider", "extra_mb", "ratio", "ms", "ms_p20", "ms_p80")))
-    if not arguments.quick:
-        common.save(rows)
-        print(f"\n{len(rows)} rows written to {common.RESULTS}")
+    common.save(rows, arguments.quick)
 
 
 if __name__ == "__main__":

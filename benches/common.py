@@ -35,7 +35,7 @@ from ssl_fast.memory import free_memory, out_of_memory, resident_memory
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results.csv")
-QUICK_RESULTS = ROOT / "out/bench/quick.csv"
+QUICK_RESULTS = ROOT / "out/bench/quick.csv"  # as ssl_fast/bench.py says
 COLUMNS = ("op", "shape", "dtype", "provider", "allocator", "ms", "ms_p20", "ms_p80", "ms_warm_l2", "ratio", "to",
            "x_floor", "tflops", "gb_per_s", "extra_mb", "error", "device", "threads", "torch", "triton", "commit",
            "date")  # fmt: skip
@@ -138,7 +138,8 @@ def measure(table: Table, seconds: float, allocator: str = "default") -> list[Ro
             row["x_floor"] = row["ratio"] / p.work
             row |= {"tflops": p.work * table.flop / row["ms"] / 1e9} if table.flop else {}
             row |= {"gb_per_s": p.work * table.bytes / row["ms"] / 1e6} if table.bytes else {}
-        if p.name not in (COPY, PRODUCT) and allocator == "default":
+        floor = p is table.providers[0] and p.work is not None
+        if allocator == "default" and not floor:
             row["extra_mb"] = extra_memory(steps[p.key]) if p.compiled else peaks[p.key]
         if p.error is not None:
             row["error"] = p.error()

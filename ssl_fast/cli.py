@@ -15,6 +15,7 @@ from ssl_fast import info
 from ssl_fast._extras import nearest
 from ssl_fast.arguments import instead_of, method_arguments
 from ssl_fast.augment import Policy
+from ssl_fast.bench import bench
 from ssl_fast.demo import demo
 from ssl_fast.embed import embed
 from ssl_fast.evaluate import evaluate
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": export,
     "report": report,
     "plan": plan,
+    "bench": bench,
     "demo": demo,
     "info": show_info,
 }
@@ -53,15 +55,16 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"unknown command {name!r}, {nearest(name, list(COMMANDS))}allowed: {', '.join(COMMANDS)}", 2)
     command = COMMANDS[name]
     if any(word in ("-h", "--help", "help") for word in words):
-        print(f"ssl-fast {name} key=value ...\n\n{inspect.getdoc(command)}\n\nDefaults: {_defaults(command)}")
+        names = "[name ...] " if _takes_names(command) else ""
+        print(f"ssl-fast {name} {names}key=value ...\n\n{inspect.getdoc(command)}\n\nDefaults: {_defaults(command)}")
         return 0
     try:
-        arguments = _parse(command, words)
+        named, arguments = _parse(command, words)
     except (ValueError, OSError, ImportError) as error:
         return _fail(f"{name}: {error}", 2)
     try:
         with console():
-            result = command(**arguments)
+            result = command(*named, **arguments)
     except KeyboardInterrupt:
         return 130
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
@@ -73,10 +76,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parse(command: Callable[..., Any], words: list[str]) -> dict[str, Any]:
+def _parse(command: Callable[..., Any], words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The names that stand alone, and the keys with their values."""
     pairs: dict[str, str] = {}
+    names = [w for w in words if _takes_names(command) and "=" not in w and not w.startswith("-")]
     for word in words:
         key, equals, value = word.partition("=")
+        if word in names:
+            continue
         if not equals:
             raise ValueError(f"got {word!r}, allowed: key=value, such as {_example(command, word)}")
         pairs[key.removeprefix("--")] = value
@@ -90,7 +97,11 @@ def _parse(command: Callable[..., Any], words: list[str]) -> dict[str, Any]:
     for key, parameter in allowed.items():
         if parameter.default is parameter.empty and key not in given:
             raise ValueError(f"{key}= is missing; `ssl-fast {command.__name__} --help` explains every key")
-    return given
+    return names, given
+
+
+def _takes_names(command: Callable[..., Any]) -> bool:
+    return any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(command).parameters.values())
 
 
 def _allowed(command: Callable[..., Any], method: str) -> dict[str, inspect.Parameter]:
@@ -98,7 +109,8 @@ def _allowed(command: Callable[..., Any], method: str) -> dict[str, inspect.Para
     parameters = dict(inspect.signature(command, eval_str=True).parameters)
     if parameters.pop("method_args", None):
         parameters |= method_arguments(method)
-    return {key: p for key, p in parameters.items() if set(_kinds(p.annotation)) & {bool, int, float, str}}
+    plain = {bool, int, float, str}
+    return {k: p for k, p in parameters.items() if p.kind is not p.VAR_POSITIONAL and plain & set(_kinds(p.annotation))}
 
 
 def _of_the_run(given: dict[str, Any], allowed: dict[str, inspect.Parameter]) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""`ssl-fast bench`: the benches of a checkout, one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssl_fast._extras import nearest
+
+ROOT = Path(__file__).parents[1]
+PART_OF = {"clip": "info_nce", "sup_con": "info_nce"}  # ops that share a bench with another
+
+
+def bench(*ops: str, device: str | None = None, quick: bool = False) -> dict[str, Any]:
+    """Measure ops against plain PyTorch and the libraries at hand, beside the floors of this machine.
+
+    Each row of a table is the median of interleaved runs, with the 20th and 80th percentile, the ratio to the table's
+    first row, the distance to the floor (a copy or a matrix product of the same run), the memory that a first call
+    adds, and the error against fp64. A table's rows are kept as soon as it is done, so Ctrl-C loses one table at most.
+
+    Args:
+        ops: such as nt_xent or ema; none for all.
+        device: cpu or cuda; none takes the GPU where there is one.
+        quick: small shapes for a moment each, rows to out/bench/quick.csv; otherwise rows replace those of this machine
+            in benches/results.csv.
+
+    Raises:
+        ValueError: for an op without a bench, or a device that is not there.
+        FileNotFoundError: in an installed package, which has no benches.
+        ChildProcessError: where a bench failed; the others have run.
+
+    Example:
+        >>> ssl_fast.bench.bench("nt_xent", "ema", quick=True)
+    """
+    benches = stems()
+    allowed = sorted([*benches, *PART_OF])
+    for op in ops:
+        if op not in allowed:
+            raise ValueError(f"op: got {op!r}, {nearest(op, allowed)}allowed: {', '.join(allowed)}")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if device not in (None, *devices):
+        raise ValueError(f"device: got {device!r}, allowed here: {', '.join(devices)}; `ssl-fast info` says what there is")
+    names, failed, start = list(dict.fromkeys(ops)) or benches, [], time.monotonic()
+    rows = ROOT / ("out/bench/quick.csv" if quick else "benches/results.csv")
+    before = _lines(rows)
+    for done, name in enumerate(names):
+        bar = "#" * round(24 * done / len(names))
+        print(f"\n[{bar:24}] {done + 1}/{len(names)} {name}, {time.monotonic() - start:.0f} s\n", flush=True)
+        if _run(name, device, quick):
+            failed.append(name)
+    if failed:
+        raise ChildProcessError(f"failed, as said above: {', '.join(failed)}; the rows of the others are in {rows}")
+    return {"new rows": len(_lines(rows) - before), "in": str(rows), "seconds": round(time.monotonic() - start)}
+
+
+def stems() -> list[str]:
+    """The ops that have a bench of their own."""
+    found = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benches").glob("bench_*.py"))
+    if not found:
+        raise FileNotFoundError(
+            "the benches are part of the repository, not of the installed package: "
+            "clone it and run `ssl-fast bench` or `make bench` there"
+        )
+    return found
+
+
+def _run(name: str, device: str | None, quick: bool) -> int:
+    """The exit status of a bench, whose processes end with this one."""
+    command = [sys.executable, "-m", f"benches.bench_{PART_OF.get(name, name)}", *(["--quick"] if quick else [])]
+    command += ["--only", f'"{name}"'] if name in PART_OF else []
+    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
+    try:
+        return process.wait()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+
+
+def _lines(path: Path) -> set[tuple[str, ...]]:
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        return {tuple(line) for line in csv.reader(file)}
