@@ -1,8 +1,9 @@
 """Batch norm with what follows it, against eager PyTorch, torch.compile and a copy of the same tensor.
 
-`python -m benches.bench_batch_norm` prints the tables and writes the rows to benches/results.csv. Images are BN+add+ReLU, the projector's rows BN+ReLU, in training. Outputs are fresh at
-each call; under the default allocator their pages are too, while the warm one gives back the memory of the call before,
-so that there the rows of the kernels alone are those of kept outputs.
+`python -m benches.bench_batch_norm` prints the tables and writes the rows to benches/results.csv. Images are
+BN+add+ReLU, the projector's rows BN+ReLU, in training. Outputs are fresh at each call; under the default allocator
+their pages are too, while the warm one gives back the memory of the call before, so that there the rows of the kernels
+alone are those of kept outputs.
 """
 
 from __future__ import annotations

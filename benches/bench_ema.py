@@ -177,7 +177,9 @@ def setup(network: str, shrink: int, dtype: str) -> Table:
     def error(update: Callable[..., tuple[Step, Tensors]]) -> float:
         """Of all averages together."""
         targets, sources = weights()
-        truth = torch.cat([t.double().lerp(s.double(), 1 - MOMENTUM).flatten() for t, s in zip(targets, sources, strict=True)])
+        truth = torch.cat(
+            [t.double().lerp(s.double(), 1 - MOMENTUM).flatten() for t, s in zip(targets, sources, strict=True)]
+        )
         with torch.no_grad():
             step, updated = update(targets, sources)
             step()

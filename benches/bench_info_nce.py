@@ -22,8 +22,8 @@ TEMPERATURE = 0.07
 SHAPES = {"info_nce": (256, 65536, 128), "clip": (4096, 4096, 512), "sup_con": (4096, 4096, 128)}
 GPU_SHAPES = {"info_nce": (256, 65536, 128), "clip": (32768, 32768, 512), "sup_con": (16384, 16384, 128)}
 QUICK = {"info_nce": (32, 512, 64), "clip": (128, 128, 64), "sup_con": (128, 128, 64)}
-# Products of all rows and columns that a forward and backward pass needs (docs/kernels.md): CLIP's keys have a gradient,
-# SupCon's similarities are symmetric.
+# Products of all rows and columns that a forward and backward pass needs (docs/kernels.md): CLIP's keys have a
+# gradient, SupCon's similarities are symmetric.
 WORK = {"info_nce": 2.0, "clip": 3.0, "sup_con": 2.0}
 
 Loss = Callable[..., Tensor]

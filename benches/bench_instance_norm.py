@@ -1,8 +1,8 @@
 """Instance norm in training: eager / torch.compile / ours / the operators alone, beside a copy of the same tensor.
 
-`python -m benches.bench_instance_norm` prints the tables and writes the rows to benches/results.csv. The floor is what no
-implementation goes below: x read and y written, dy and x read and dx written, 2.5 copies in all. Outputs are fresh at
-each call; the warm allocator gives back the memory of the call before.
+`python -m benches.bench_instance_norm` prints the tables and writes the rows to benches/results.csv. The floor is what
+no implementation goes below: x read and y written, dy and x read and dx written, 2.5 copies in all. Outputs are fresh
+at each call; the warm allocator gives back the memory of the call before.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Layer norm over tokens and over the channels of images, against eager PyTorch, torch.compile and a copy.
 
-`python -m benches.bench_layer_norm` prints the tables and writes the rows to benches/results.csv. Liger and quack take part where they are installed and there is a GPU. Outputs are fresh
-at each call; under the default allocator their pages are too, while the warm one gives back the memory of the call
-before, so that there the rows of the kernels alone are those of kept outputs.
+`python -m benches.bench_layer_norm` prints the tables and writes the rows to benches/results.csv. Liger and quack take
+part where they are installed and there is a GPU. Outputs are fresh at each call; under the default allocator their
+pages are too, while the warm one gives back the memory of the call before, so that there the rows of the kernels alone
+are those of kept outputs.
 """
 
 from __future__ import annotations

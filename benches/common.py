@@ -1,7 +1,7 @@
 """What the benches share: one harness for their tables, interleaved timing, peak memory, and rows for results.csv.
 
-A bench of an op is a file with `cases(quick)`, which lists what to measure, and `setup(*case)`, which gives a `Table` of
-providers; `main` and `pytest benches/` do the rest.
+A bench of an op is a file with `cases(quick)`, which lists what to measure, and `setup(*case)`, which gives a `Table`
+of providers; `main` and `pytest benches/` do the rest.
 """
 
 from __future__ import annotations
@@ -117,13 +117,14 @@ def relative_error(values: Sequence[Tensor], truths: Sequence[Tensor]) -> float:
 # ---- measuring
 
 
-def measure(table: Table, seconds: float, allocator: str = "default") -> list[Row]:
+def measure(table: Table, seconds: float, allocator: str = "default", quick: bool = False) -> list[Row]:
     """The rows of a table, all of one run. A provider that memory does not suffice for has a row without a time."""
+    least = {"seconds": 0.3, "rounds": 3, "slow": 1.0} if quick else {"seconds": seconds}
     peaks = {p.key: _first_call(p) for p in table.providers}
     running = [p for p in table.providers if peaks[p.key] is not None]
     steps = {p.key: p.build() for p in running}
-    measured = interleave(steps, seconds=seconds, cold=True)
-    warm = interleave(steps, seconds=seconds / 2) if DEVICE == "cuda" else {}
+    measured = interleave(steps, cold=True, **least)
+    warm = interleave(steps, **least) if DEVICE == "cuda" else {}
     rows: list[Row] = []
     for p in table.providers:
         row: Row = {"op": p.op or table.op, "shape": table.shape, "dtype": p.dtype, "provider": p.name}
@@ -284,7 +285,7 @@ def main(
     arguments = parser.parse_args()
     if arguments.worker:
         allocator, case = arguments.worker
-        print(json.dumps(measure(setup(*json.loads(case)), 0.3 if arguments.quick else seconds, allocator)))
+        print(json.dumps(measure(setup(*json.loads(case)), seconds, allocator, arguments.quick)))
         return
     quick = ["--quick"] if arguments.quick else []
     module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]

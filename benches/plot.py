@@ -1,25 +1,29 @@
-"""Makes the README's tables and its plot from benches/results.csv, and the picture of docs/norms.md:
-`python -m benches.plot`."""
+"""Makes the README's tables and its pictures from benches/results.csv, and the picture of docs/norms.md:
+`python -m benches.plot`. A second run changes nothing."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benches import common
 
-README = Path(__file__).parents[1] / "README.md"
-PICTURE = Path(__file__).parents[1] / "docs/nt_xent.png"
-AXES = Path(__file__).parents[1] / "docs/norm_axes.png"
-OURS, DENSE = "ssl_fast", "dense PyTorch"
+README = common.ROOT / "README.md"
+DOCS = common.ROOT / "docs"
+FLOORS = (common.COPY, common.PRODUCT, "copy of as many bytes", "copy of the weights")
+# Not what a user calls, or not the one that is chosen.
+NOT_THE_PRODUCT = ("kernels", "forward alone", "reference", "stochastic")
 
 Rows = list[dict[str, str]]
 
 LOSSES = {"nt_xent": "NT-Xent", "info_nce": "InfoNCE, queue", "clip": "CLIP", "sup_con": "SupCon"}
 NORMS = {"batch_norm": "", "layer_norm": "LN ", "instance_norm": "IN "}  # the shapes of batch norm name it
-STEPS = {"ema": "EMA", "moco": "MoCo step", "accelerate": "training step", "two_views": "views"}
+STEPS = {"ema": "EMA", "moco": "MoCo step", "simclr": "SimCLR step", "accelerate": "training step", "two_views": "views"}
+PARTS = ("data", "encoder", "loss", "optimizer", "ema")
 
 
 def rows_of(*ops: str) -> Rows:
@@ -67,7 +71,7 @@ def loss_block() -> str:
                 "shape": unbroken(row["shape"].replace("=", " ")),
                 "inputs": row["dtype"],
                 "provider": row["provider"],
-                "ms": row["ms"],
+                "ms": row["ms"] or "out of memory",
                 "x one product": row["ratio"],
                 "peak extra MB": row["extra_mb"],
                 "gradient error": row["error"],
@@ -130,6 +134,56 @@ def fold_block() -> str:
     return "\n".join((by_device(rows_of("conv_bn"), forwards), by_device(rows_of("conv_bn refresh"), refreshes)))
 
 
+def lost_block() -> str:
+    """Where ours is not the fastest: a line for each table, with the one that is."""
+
+    def lines(here: Rows) -> list[common.Row]:
+        keys = ("op", "shape", "dtype", "allocator")
+        tables: dict[tuple[str, ...], Rows] = {}
+        for row in here:
+            tables.setdefault(tuple(row[k] for k in keys), []).append(row)
+        found = []
+        for key, rows in tables.items():
+            rows = [r for r in rows if r["provider"] not in FLOORS]
+            rows = [r for r in rows if not any(word in r["provider"] for word in NOT_THE_PRODUCT)]
+            ours = [time(r) for r in rows if r["provider"].startswith("ssl_fast")]
+            best = min(rows, key=time)
+            if ours and time(best) < min(ours):
+                line: common.Row = dict(zip(keys, map(unbroken, key), strict=True))
+                line |= {"faster": best["provider"], "ms": best["ms"], "ours, ms": min(ours)}
+                found.append(line)
+        return found
+
+    return by_device([r for r in rows_of(*LOSSES, *NORMS, *STEPS, "barlow_twins", "conv_bn") if r["ms"]], lines)
+
+
+def time(row: dict[str, str]) -> float:
+    return float(row["ms"])
+
+
+def simclr_block() -> str:
+    """The picture, and images a second of the whole step."""
+
+    def lines(here: Rows) -> list[common.Row]:
+        return [
+            {
+                "network, images": unbroken(row["shape"]),
+                "precision": row["dtype"],
+                "provider": row["provider"],
+                "images/s": int(re.findall(r"(\d+)x3x", row["shape"])[0]) / time(row) * 1e3,
+                "ms": row["ms"],
+                "x plain PyTorch": row["ratio"],
+                "peak extra MB": row["extra_mb"],
+                "error of the loss": row["error"],
+            }
+            for row in here
+        ]
+
+    rows = rows_of("simclr")
+    picture = "![a SimCLR step by its parts](docs/simclr.svg)\n\n" if rows else ""
+    return picture + by_device(rows, lines)
+
+
 def by_device(rows: Rows, lines: Callable[[Rows], list[common.Row]]) -> str:
     """A table for each device that rows come from."""
     blocks = []
@@ -137,7 +191,7 @@ def by_device(rows: Rows, lines: Callable[[Rows], list[common.Row]]) -> str:
         here = [row for row in rows if row["device"] == device]
         about = max(here, key=lambda row: row["date"])
         head = f"{device}, {about['threads']} threads, torch {about['torch']}, {about['date']}:"
-        table = lines(here)
+        table = lines(here) or [{"": "none"}]
         blocks.append(f"{head}\n\n{common.table(table, table[0])}\n")
     return "\n".join(blocks) or "Not measured yet; `make bench` prints it.\n"
 
@@ -149,6 +203,7 @@ def unbroken(text: str) -> str:
 def updated(readme: str) -> str:
     """The README with the tables that benches/results.csv gives now."""
     blocks = {"losses": loss_block(), "norms": norm_block(), "folds": fold_block(), "steps": step_block()}
+    blocks |= {"simclr": simclr_block(), "lost": lost_block()}
     for name, block in blocks.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, rest = readme.split(begin)
@@ -156,36 +211,126 @@ def updated(readme: str) -> str:
     return readme
 
 
-def draw(rows: Rows) -> None:
-    """Time and peak memory of each provider by shape, one column a device."""
+# ---- pictures
+
+
+def canvas(*grid: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and its axes, (rows, columns) of them, that come out the same to the byte at every run."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.hashsalt": "ssl_fast", "svg.fonttype": "none"}
     import matplotlib.pyplot as plt
 
-    devices = list(dict.fromkeys(row["device"] for row in rows))
-    figure, axes = plt.subplots(2, len(devices), figsize=(8 * len(devices), 6), squeeze=False, layout="constrained")
-    for column, device in enumerate(devices):
-        here = [r for r in rows if r["device"] == device and r["allocator"] == "default"]
-        shapes = list(dict.fromkeys(row["shape"] for row in here))
-        series = {(r["provider"], r["dtype"]): None for r in here if r["provider"] != "ssl_fast, forward alone"}
+    return plt.subplots(*grid, figsize=size, squeeze=False, layout="constrained")
+
+
+def write(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def devices(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(row["device"] for row in rows))
+
+
+def draw_nt_xent(rows: Rows, path: Path) -> None:
+    """Time and peak memory against the batch at D = 128, fp32, a column a device; a line that ran out of memory ends
+    in a cross."""
+    rows = [r for r in rows if r["shape"].endswith(" D=128") and r["dtype"] == "float32"]
+    rows = [r for r in rows if r["allocator"] == "default" and "alone" not in r["provider"]]
+    figure, axes = canvas(2, len(devices(rows)), size=(7 * len(devices(rows)), 6))
+    for column, device in enumerate(devices(rows)):
+        here = [r for r in rows if r["device"] == device]
         for axis, field, label in zip(axes[:, column], ("ms", "extra_mb"), ("ms", "peak extra MB"), strict=True):
-            width = 0.8 / len(series)
-            for i, (provider, dtype) in enumerate(series):
-                found = {r["shape"]: r[field] for r in here if (r["provider"], r["dtype"]) == (provider, dtype)}
-                bars = [(j + i * width, float(found[s])) for j, s in enumerate(shapes) if found.get(s)]
-                if bars:
-                    axis.bar(*zip(*bars, strict=True), width, color=f"C{i}", label=f"{provider}, {dtype}")
-            axis.set(yscale="log", ylabel=label)
-            axis.set_xticks([j + 0.4 for j in range(len(shapes))], shapes)
-            axis.grid(axis="y", alpha=0.3)
-        axes[0, column].set_title(f"NT-Xent, forward and backward, on {device}", fontsize=10)
-        axes[0, column].legend(fontsize=7, ncols=3, loc="upper left")
-        axes[0, column].margins(y=0.4)
-    figure.savefig(PICTURE, dpi=110)
+            for i, provider in enumerate(dict.fromkeys(r["provider"] for r in here)):
+                own = sorted((int(r["shape"].split()[0][2:]), r) for r in here if r["provider"] == provider)
+                points = [(N, float(r[field])) for N, r in own if r[field]]
+                if not points:
+                    continue
+                axis.plot(*zip(*points, strict=True), "o-", color=f"C{i}", label=provider, markersize=4)
+                if any(not r["ms"] for _, r in own):
+                    axis.plot(*points[-1], "x", color=f"C{i}", markersize=12)
+            axis.set(xscale="log", yscale="log", ylabel=label)
+            axis.set_xticks(sizes := sorted({int(r["shape"].split()[0][2:]) for r in here}), sizes, minor=False)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        axes[0, column].set_title(f"NT-Xent, D = 128, fp32, forward and backward, on {device}")
+        axes[0, column].legend()
+        axes[1, column].set_xlabel("pairs N; a cross: the next batch ran out of memory")
+    write(figure, path)
 
 
-def draw_axes() -> None:
+# Arithmetic of a number that is normalised forward and backward (mean 1, variance 3, y 2; two sums 3, dx 5) or averaged.
+FLOP_OF_A_NUMBER = {"batch_norm": 14, "layer_norm": 14, "instance_norm": 14, "ema": 3}
+PASSES = {"batch_norm": 10, "layer_norm": 5, "instance_norm": 5, "ema": 3}  # over it, read or written
+
+
+def roof_point(row: dict[str, str]) -> tuple[float, float]:
+    """Flop a byte, and TFLOP/s, of what an op needs, whatever a provider executes or moves (docs/kernels.md)."""
+    if row["op"] in PASSES:
+        passes = 8 if "BN+ReLU" in row["shape"] else PASSES[row["op"]]
+        width = 2 if row["dtype"].startswith("bfloat16") else 4
+        intensity = FLOP_OF_A_NUMBER[row["op"]] / passes / width
+        return intensity, intensity * float(row["gb_per_s"]) / 1e3
+    size = {k: int(v) for k, v in re.findall(r"(\w)=(\d+)", row["shape"])}
+    N, D = size["N"] * (2 if row["op"] == "nt_xent" else 1), size["D"]
+    K = size.get("K", N)
+    flop = {"nt_xent": 2, "info_nce": 2, "clip": 3, "sup_con": 2}[row["op"]] * 2 * N * K * D
+    moved = 4 * D * (2 * N + (K if row["op"] == "info_nce" else 2 * K if row["op"] == "clip" else 0))
+    return flop / moved, flop / time(row) / 1e9
+
+
+def draw_roofline(rows: Rows, path: Path) -> None:
+    """Ours and plain PyTorch's forward and backward passes in fp32 under the two roofs, the largest shape of each op with
+    the better of the allocators."""
+    figure, axes = canvas(1, len(devices(rows)), size=(7 * len(devices(rows)), 4.5))
+    kinds = {"ssl_fast": "o", "ssl_fast EMA": "o", "dense PyTorch": "x", "eager": "x", "mul_ add_": "x"}
+    kinds["mm + cat + cross_entropy"] = "x"
+    for axis, device in zip(axes[0], devices(rows), strict=True):
+        here = [r for r in rows if r["device"] == device and r["dtype"] == "float32" and r["ms"]]
+        copies = [float(r["gb_per_s"]) for r in here if r["provider"] in FLOORS and r["gb_per_s"]]
+        products = [float(r["tflops"]) for r in here if r["provider"] == common.PRODUCT and r["tflops"]]
+        speed, peak = sorted(copies)[len(copies) // 2] / 1e3, max(products)
+        xs = [0.1, peak / speed, 3e4]
+        axis.plot(xs, [min(x * speed, peak) for x in xs], color="black", linewidth=1)
+        axis.annotate(f"copy, median {speed * 1e3:.0f} GB/s", (0.1, speed), va="bottom")
+        axis.annotate(f"product, best {peak:.2f} TFLOP/s", (xs[2], peak), ha="right", va="bottom")
+        for i, op in enumerate(dict.fromkeys(r["op"] for r in here)):
+            own = [r for r in here if r["op"] == op and r["provider"] in kinds]
+            largest = max(own, key=time)["shape"]
+            for provider in dict.fromkeys(r["provider"] for r in own):
+                row = min((r for r in own if (r["provider"], r["shape"]) == (provider, largest)), key=time)
+                label = op if kinds[provider] == "o" else None
+                axis.plot(*roof_point(row), kinds[provider], color=f"C{i}", label=label)
+        axis.set(xscale="log", yscale="log", xlabel="flop a byte", ylabel="TFLOP/s", title=device)
+        axis.grid(alpha=0.3)
+        axis.legend(title="o ssl_fast, x plain", loc="upper left", bbox_to_anchor=(1, 1))
+    write(figure, path)
+
+
+def draw_simclr(rows: Rows, path: Path) -> None:
+    """The parts of a step, a bar a provider, a column a device."""
+    figure, axes = canvas(1, len(devices(rows)), size=(7 * len(devices(rows)), 3))
+    for axis, device in zip(axes[0], devices(rows), strict=True):
+        here = [r for r in rows if r["device"] == device]
+        providers = list(dict.fromkeys(r["provider"] for r in here))
+        left = dict.fromkeys(providers, 0.0)
+        for part in PARTS:
+            ms = {r["provider"]: time(r) for r in here if r["op"] == f"simclr {part}"}
+            axis.barh(providers, [ms.get(p, 0.0) for p in providers], left=list(left.values()), label=part)
+            left = {p: left[p] + ms.get(p, 0.0) for p in providers}
+        whole = {r["provider"]: time(r) for r in here if r["op"] == "simclr"}
+        axis.plot([whole[p] for p in providers], providers, "k|", markersize=18, label="whole step")
+        axis.invert_yaxis()
+        axis.set(xlabel="ms", title=f"{here[0]['shape']}, {here[0]['dtype']}, on {device}")
+        axis.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    write(figure, path)
+
+
+def draw_axes(path: Path) -> None:
     """Which numbers of an activation share a mean and a variance: one set of them coloured in each cube."""
     import matplotlib
 
@@ -215,15 +360,30 @@ def draw_axes() -> None:
             label.labelpad = -12
         axis.set_title(title, fontsize=11)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.86, wspace=0.02)
-    figure.savefig(AXES, dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw(folder: Path) -> list[Path]:
+    """Every picture whose rows are there."""
+    drawn = []
+    pictures: dict[str, tuple[Callable[[Rows, Path], None], tuple[str, ...]]] = {
+        "nt_xent.svg": (draw_nt_xent, ("nt_xent",)),
+        "roofline.svg": (draw_roofline, (*LOSSES, *NORMS, "ema")),
+        "simclr.svg": (draw_simclr, ("simclr", *(f"simclr {part}" for part in PARTS))),
+    }
+    for name, (picture, ops) in pictures.items():
+        if rows := rows_of(*ops):
+            picture(rows, folder / name)
+            drawn.append(folder / name)
+    draw_axes(folder / "norm_axes.png")
+    return [*drawn, folder / "norm_axes.png"]
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     README.write_text(updated(README.read_text()))
-    draw(rows_of("nt_xent"))
-    draw_axes()
+    draw(DOCS)
 
 
 if __name__ == "__main__":

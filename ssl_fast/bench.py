@@ -48,7 +48,9 @@ def bench(*ops: str, device: str | None = None, quick: bool = False) -> dict[str
             raise ValueError(f"op: got {op!r}, {nearest(op, allowed)}allowed: {', '.join(allowed)}")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if device not in (None, *devices):
-        raise ValueError(f"device: got {device!r}, allowed here: {', '.join(devices)}; `ssl-fast info` says what there is")
+        raise ValueError(
+            f"device: got {device!r}, allowed here: {', '.join(devices)}; `ssl-fast info` says what there is"
+        )
     names, failed, start = list(dict.fromkeys(ops)) or benches, [], time.monotonic()
     rows = ROOT / ("out/bench/quick.csv" if quick else "benches/results.csv")
     before = _lines(rows)
