@@ -3,10 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 NATIVE := $(wildcard csrc/*)
-BENCHES := $(basename $(notdir $(wildcard benches/bench_*.py)))
 SHELL := /bin/bash
 
-.PHONY: demo test check bench gpu-build test-gpu gpu-benches bench-gpu clean
+.PHONY: demo test check bench gpu-build test-gpu bench-gpu clean
 
 demo: $(VENV)/native
 	$(RUN) -m ssl_fast.cli demo
@@ -21,27 +20,25 @@ check: $(VENV)/installed
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/native $(VENV)/peers
-	for bench in $(BENCHES); do $(RUN) -m benches.$$bench || exit 1; done
+	$(RUN) -m ssl_fast.cli bench
 
 # On the GPU at hand, offline, with the torch (2.10 or later) of $(PYTHON): nothing is installed or fetched, and all that
-# comes of it lies in $(OUT).
+# comes of it lies in $(OUT), one page of it in $(OUT)/summary.md. A part (tests, sanitize, bench, train) ends within 8
+# minutes, with status 75 where it has more to do: the same line again goes on.
 OUT ?= out/gpu
-LOGGED = 2>&1 | tee $(OUT)/$@.log; exit $${PIPESTATUS[0]}
+PART ?= all
 
 gpu-build:
 	mkdir -p $(OUT)
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -c 'from ssl_fast._op import native_reason as why; assert why("cuda") is None, why("cuda")'
-	{ nvidia-smi; nvcc --version; $(PYTHON) -m ssl_fast.info; } $(LOGGED)
+	{ nvidia-smi; nvcc --version; $(PYTHON) -m ssl_fast.info; } 2>&1 | tee $(OUT)/machine.log; exit $${PIPESTATUS[0]}
 
 test-gpu: gpu-build
-	PYTHONUNBUFFERED=1 $(PYTHON) -m pytest --durations=20 $(LOGGED)
+	$(PYTHON) -m benches.evidence tests $(OUT)
 
-gpu-benches: gpu-build
-	{ for bench in $(BENCHES); do PYTHONUNBUFFERED=1 $(PYTHON) -m benches.$$bench || exit 1; done; } $(LOGGED)
-	cp benches/results.csv $(OUT)
-
-bench-gpu: test-gpu gpu-benches
+bench-gpu: gpu-build
+	$(PYTHON) -m benches.evidence $(PART) $(OUT)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "ssl_fast needs Python 3.10 or later; make PYTHON=..."'

@@ -263,7 +263,7 @@ def draw_nt_xent(rows: Rows, path: Path) -> None:
     write(figure, path)
 
 
-# Arithmetic of a number that is normalised forward and backward (mean 1, variance 3, y 2; two sums 3, dx 5) or averaged.
+# What is done to a number that is normalised, forward and backward (mean 1, variance 3, y 2; two sums 3, dx 5).
 FLOP_OF_A_NUMBER = {"batch_norm": 14, "layer_norm": 14, "instance_norm": 14, "ema": 3}
 PASSES = {"batch_norm": 10, "layer_norm": 5, "instance_norm": 5, "ema": 3}  # over it, read or written
 
@@ -284,8 +284,8 @@ def roof_point(row: dict[str, str]) -> tuple[float, float]:
 
 
 def draw_roofline(rows: Rows, path: Path) -> None:
-    """Ours and plain PyTorch's forward and backward passes in fp32 under the two roofs, the largest shape of each op with
-    the better of the allocators."""
+    """Ours and plain PyTorch's forward and backward passes in fp32 under the two roofs: the largest shape of each op,
+    with the better of the allocators."""
     figure, axes = canvas(1, len(devices(rows)), size=(7 * len(devices(rows)), 4.5))
     kinds = {"ssl_fast": "o", "ssl_fast EMA": "o", "dense PyTorch": "x", "eager": "x", "mul_ add_": "x"}
     kinds["mm + cat + cross_entropy"] = "x"

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 import ssl_fast
-from benches import plot
 from ssl_fast import functional
 from ssl_fast._op import OPS
 
@@ -36,12 +35,6 @@ def test_a_stems_ops_name_the_files_that_exist(stem):
         if op.triton:
             module, launcher = op.triton.split(":")
             assert f"def {launcher}(" in (ROOT / "kernels" / f"{module.rpartition('.')[2]}.py").read_text()
-
-
-def test_the_readme_shows_what_was_measured():
-    """Its tables are those that benches/results.csv gives: no number of them is written by hand."""
-    readme = plot.README.read_text()
-    assert readme == plot.updated(readme)
 
 
 def test_kernels_is_not_a_package_of_its_own():

@@ -1,0 +1,140 @@
+"""Performance that must not be lost, as ratios of one interleaved run with wide margins, never as seconds.
+
+Each step is what a user calls; it is held against what it replaces, in processor time where threads wait for a busy
+machine, and its memory against the promise. A margin is half of what was measured or less, so that a failure is a
+kernel that is gone (a fallback, a copy too many), not a noisy machine.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ssl_fast
+from benches import bench_nt_xent, common
+from ssl_fast import functional
+from ssl_fast._op import native_reason
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(
+    native_reason(common.DEVICE) is not None, reason=f"the references are not fast: {native_reason(common.DEVICE)}"
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(poisoned_memory):
+    """Whose processor time is its own; and memory that nobody fills with NaN."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.set_num_threads(before)
+
+
+def ratio(ours, theirs, rounds=5):
+    """The median over rounds of ours by theirs."""
+    found = []
+    for done in range(rounds + 1):
+        pair = [spent(step) for step in (ours, theirs)]
+        if done:
+            found.append(pair[0] / pair[1])
+    return median(found)
+
+
+def spent(step):
+    """Of this thread on a CPU: what others do is not counted. On a GPU, of the device."""
+    if common.DEVICE == "cuda":
+        return common._timed(step, cold=False)
+    start = time.thread_time()
+    step()
+    return time.thread_time() - start
+
+
+def backward_of(function, *inputs):
+    def step():
+        for x in inputs:
+            x.grad = None
+        function(*inputs).sum().backward()
+
+    return step
+
+
+def leaves(*shape, count=2):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(common.DEVICE).requires_grad_() for _ in range(count)]
+
+
+def test_nt_xent_against_dense_and_the_product():
+    z = leaves(512, 128)
+    ours = backward_of(ssl_fast.NTXentLoss(0.1), *z)
+    assert ratio(ours, backward_of(bench_nt_xent.dense, *z)) < 0.9
+    rows, kept = torch.cat(z).detach(), torch.empty(1024, 1024, device=common.DEVICE)
+    assert ratio(ours, lambda: torch.mm(rows, rows.T, out=kept)) < 12
+
+
+def test_info_nce_with_a_queue_against_cat():
+    q, k = leaves(64, 128)
+    queue = F.normalize(torch.randn(8192, 128, device=common.DEVICE))
+
+    def plain(q, k):
+        q, k = F.normalize(q), F.normalize(k.detach())
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T.clone()], 1) / 0.1
+        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+    ours = backward_of(lambda q, k: functional.info_nce(q, k.detach(), queue, 0.1), q, k)
+    assert ratio(ours, backward_of(plain, q, k)) < 0.9
+
+
+def test_batch_norm_with_add_and_relu_against_eager():
+    x, residual = (t.detach().contiguous(memory_format=torch.channels_last) for t in leaves(16, 64, 28, 28))
+    x, residual = x.requires_grad_(), residual.requires_grad_()
+    fused, plain = ssl_fast.nn.BatchNorm2d(64, activation="relu").to(x.device), nn.BatchNorm2d(64).to(x.device)
+    theirs = backward_of(lambda x, residual: F.relu(plain(x) + residual), x, residual)
+    assert ratio(backward_of(fused, x, residual), theirs) < 1.1
+
+
+def test_norms_against_eager():
+    (tokens,) = leaves(2048, 384, count=1)
+    weight, bias = torch.ones(384, device=tokens.device), torch.zeros(384, device=tokens.device)
+    ours = backward_of(lambda x: functional.layer_norm(x, (384,), weight, bias), tokens)
+    assert ratio(ours, backward_of(lambda x: F.layer_norm(x, (384,), weight, bias), tokens)) < 1.8
+    (images,) = leaves(8, 32, 32, 32, count=1)
+    assert ratio(backward_of(functional.instance_norm, images), backward_of(F.instance_norm, images)) < 1.2
+
+
+def test_ema_against_foreach_and_a_copy():
+    targets, sources = ([torch.randn(256, 256, device=common.DEVICE) for _ in range(32)] for _ in range(2))
+    ours = lambda: ssl_fast.ema_update_(targets, sources, 0.999)  # noqa: E731
+    assert ratio(ours, lambda: torch._foreach_lerp_(targets, sources, 0.001)) < 2
+    flat = torch.cat([t.flatten() for t in targets])
+    kept = torch.empty_like(flat)
+    assert ratio(ours, lambda: kept.copy_(flat)) < 8
+
+
+PEAKS = """
+import json
+from benches import bench_nt_xent, common
+found = {}
+for N in (2048, 4096):
+    for provider in bench_nt_xent.setup(N, 128).providers[1:3]:
+        found[f"{provider.name} {N}"] = common._first_call(provider)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak memory of a process")
+def test_memory_is_linear_in_the_batch():
+    """At 2,048 pairs dense takes hundreds of MB, ours a few; and twice the pairs twice as much."""
+    output = subprocess.run([sys.executable, "-c", PEAKS], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = json.loads(output.splitlines()[-1])
+    assert found["ssl_fast 2048"] < 0.1 * found["dense PyTorch 2048"]
+    assert found["ssl_fast 4096"] < 4 * found["ssl_fast 2048"] + 2
