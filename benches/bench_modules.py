@@ -28,11 +28,7 @@ NORMS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...], float]] = {
     "BatchNorm1d": (fast.BatchNorm1d, (4096, 512), 4.0),
     "BatchNorm2d": (fast.BatchNorm2d, (64, 64, 28, 28), 4.0),
     "BatchNorm3d": (fast.BatchNorm3d, (8, 32, 8, 28, 28), 4.0),
-    "SyncBatchNorm": (
-        lambda channels: ssl_fast.convert_sync_batchnorm(nn.BatchNorm2d(channels)),
-        (64, 64, 28, 28),
-        4.0,
-    ),
+    "SyncBatchNorm": (lambda width: ssl_fast.convert_sync_batchnorm(nn.BatchNorm2d(width)), (64, 64, 28, 28), 4.0),
     "InstanceNorm1d": (partial(fast.InstanceNorm1d, affine=True), (64, 64, 784), 2.5),
     "InstanceNorm2d": (partial(fast.InstanceNorm2d, affine=True), (64, 64, 28, 28), 2.5),
     "InstanceNorm3d": (partial(fast.InstanceNorm3d, affine=True), (8, 32, 8, 28, 28), 2.5),

@@ -14,7 +14,9 @@ status is 0, 1 where something failed, and 75 where there is more to do.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -86,13 +88,15 @@ def run(part: str, out: Path) -> int:
 def _logged(command: list[str], log: Path, seconds: float) -> str:
     with log.open("a") as file:
         print(f"\n$ {' '.join(command)}", file=file, flush=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            status = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return "no time"
-    return "ok" if status == 0 else "failed"
+            return "ok" if process.wait(seconds) == 0 else "failed"
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # and what it started
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                return "no time"
+            raise
 
 
 def summarise(out: Path) -> None:
@@ -208,9 +212,8 @@ def main() -> int:
         once(words[1])
         return 0
     if not words or words[0] not in (*PARTS, "all"):
-        print(
-            f"PART: got {words[0] if words else ''!r}, allowed: {', '.join(PARTS)}, all\n\n{__doc__}", file=sys.stderr
-        )
+        given = words[0] if words else ""
+        print(f"PART: got {given!r}, allowed: {', '.join(PARTS)}, all\n\n{__doc__}", file=sys.stderr)
         return 2
     out = Path(words[1] if len(words) > 1 else "out/gpu").resolve()
     out.mkdir(parents=True, exist_ok=True)
