@@ -1,8 +1,8 @@
 """Performance that must not be lost, as ratios of one interleaved run with wide margins, never as seconds.
 
 Each step is what a user calls; it is held against what it replaces, in processor time where threads wait for a busy
-machine, and its memory against the promise. A margin is half of what was measured or less, so that a failure is a
-kernel that is gone (a fallback, a copy too many), not a noisy machine.
+machine, and its memory against the promise. A limit is twice what was measured on a busy machine, more or less, so that
+a failure is a kernel that is gone (a fallback, a copy too many), not noise.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_nt_xent_against_dense_and_the_product():
     ours = backward_of(ssl_fast.NTXentLoss(0.1), *z)
     assert ratio(ours, backward_of(bench_nt_xent.dense, *z)) < 0.9
     rows, kept = torch.cat(z).detach(), torch.empty(1024, 1024, device=common.DEVICE)
-    assert ratio(ours, lambda: torch.mm(rows, rows.T, out=kept)) < 12
+    assert ratio(ours, lambda: torch.mm(rows, rows.T, out=kept)) < 6
 
 
 def test_info_nce_with_a_queue_against_cat():
@@ -91,7 +91,7 @@ def test_info_nce_with_a_queue_against_cat():
         return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
     ours = backward_of(lambda q, k: functional.info_nce(q, k.detach(), queue, 0.1), q, k)
-    assert ratio(ours, backward_of(plain, q, k)) < 0.9
+    assert ratio(ours, backward_of(plain, q, k)) < 1.3
 
 
 def test_batch_norm_with_add_and_relu_against_eager():
@@ -99,25 +99,25 @@ def test_batch_norm_with_add_and_relu_against_eager():
     x, residual = x.requires_grad_(), residual.requires_grad_()
     fused, plain = ssl_fast.nn.BatchNorm2d(64, activation="relu").to(x.device), nn.BatchNorm2d(64).to(x.device)
     theirs = backward_of(lambda x, residual: F.relu(plain(x) + residual), x, residual)
-    assert ratio(backward_of(fused, x, residual), theirs) < 1.1
+    assert ratio(backward_of(fused, x, residual), theirs) < 1.6
 
 
 def test_norms_against_eager():
     (tokens,) = leaves(2048, 384, count=1)
     weight, bias = torch.ones(384, device=tokens.device), torch.zeros(384, device=tokens.device)
     ours = backward_of(lambda x: functional.layer_norm(x, (384,), weight, bias), tokens)
-    assert ratio(ours, backward_of(lambda x: F.layer_norm(x, (384,), weight, bias), tokens)) < 1.8
+    assert ratio(ours, backward_of(lambda x: F.layer_norm(x, (384,), weight, bias), tokens)) < 3
     (images,) = leaves(8, 32, 32, 32, count=1)
-    assert ratio(backward_of(functional.instance_norm, images), backward_of(F.instance_norm, images)) < 1.2
+    assert ratio(backward_of(functional.instance_norm, images), backward_of(F.instance_norm, images)) < 0.9
 
 
 def test_ema_against_foreach_and_a_copy():
     targets, sources = ([torch.randn(256, 256, device=common.DEVICE) for _ in range(32)] for _ in range(2))
     ours = lambda: ssl_fast.ema_update_(targets, sources, 0.999)  # noqa: E731
-    assert ratio(ours, lambda: torch._foreach_lerp_(targets, sources, 0.001)) < 2
+    assert ratio(ours, lambda: torch._foreach_lerp_(targets, sources, 0.001)) < 2.5
     flat = torch.cat([t.flatten() for t in targets])
     kept = torch.empty_like(flat)
-    assert ratio(ours, lambda: kept.copy_(flat)) < 8
+    assert ratio(ours, lambda: kept.copy_(flat)) < 3
 
 
 PEAKS = """
