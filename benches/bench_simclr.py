@@ -216,7 +216,8 @@ def profile(folder: Path) -> None:
     bars = axis.barh([e.key[:60] for e in events], [getattr(e, own) / 1e3 for e in events])
     axis.bar_label(bars, [f"{getattr(e, own) / total:.0%}" for e in events], padding=3)
     name, pixels, batch = cases(False)[0]
-    axis.set(xlabel="ms", title=f"a SimCLR step of {name}, {batch} images of {pixels} px, on {common.device_name()}")
+    axis.set(xlabel="ms")
+    figure.suptitle(f"a SimCLR step of {name}, {batch} images of {pixels} px, on {common.device_name()}", fontsize=10)
     figure.savefig(folder / "simclr_profile.png", dpi=110)
     print(f"{trace}.gz and {folder / 'simclr_profile.png'} written")
 

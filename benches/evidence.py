@@ -63,7 +63,7 @@ def run(part: str, out: Path) -> int:
     """Every step of a part that is not done yet, while there is time."""
     done_path, log = out / f"{part}.json", out / f"{part}.log"
     done = json.loads(done_path.read_text()) if done_path.exists() else {}
-    end = time.monotonic() + 60 * MINUTES
+    begun, budget = time.monotonic(), 60 * MINUTES
     steps = steps_of(part, out)
     for number, (name, command) in enumerate(steps.items(), 1):
         if name in done:
@@ -73,8 +73,8 @@ def run(part: str, out: Path) -> int:
         else:
             print(f"{part} {number}/{len(steps)}: {name}", flush=True)
             start = time.monotonic()
-            state = _logged(command, log, end - start)
-            if state == "no time" and start > end - 60 * MINUTES + 10:  # another call has all of it for this step
+            state = _logged(command, log, begun + budget - start)
+            if state == "no time" and start - begun > budget / 10:  # the next call has all of it for this step
                 print(f"run `PART={part}` again: {len(steps) - len(done)} of {len(steps)} to do")
                 return MORE
             done[name] = {"state": state, "seconds": round(time.monotonic() - start)}

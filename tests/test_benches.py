@@ -2,7 +2,9 @@
 
 import ast
 import csv
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssl_fast
-from benches import common, plot
+from benches import common, evidence, plot
 from ssl_fast import bench as bench_module
 from ssl_fast import functional, nn
 from ssl_fast.cli import main
@@ -134,6 +136,26 @@ def test_bench_runs_each_op_and_says_what_failed(monkeypatch, tmp_path, capfd):
     output = capfd.readouterr()
     assert "failed, as said above: bad" in output.err and "row of" in output.out
     assert main(["bench", "stopped"]) == 130
+
+
+def test_evidence_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    def python(code):
+        return [sys.executable, "-c", code]
+
+    steps = {"good": python("import time; time.sleep(1)"), "bad": python("raise SystemExit(1)")}
+    steps |= {"absent": ["no-such-tool"], "slow": python("import time; time.sleep(60)"), "last": python("")}
+    monkeypatch.setattr(evidence, "steps_of", lambda part, out: steps)
+    monkeypatch.setattr(evidence, "MINUTES", 6 / 60)
+
+    def states():
+        return {k: v["state"] for k, v in json.loads((tmp_path / "tests.json").read_text()).items()}
+
+    first = {"good": "ok", "bad": "failed", "absent": "no-such-tool is not installed"}
+    assert evidence.run("tests", tmp_path) == evidence.MORE and states() == first
+    assert evidence.run("tests", tmp_path) == evidence.MORE  # even alone it takes too long, and what is left is nothing
+    assert states() == {**first, "slow": "no time"}
+    assert evidence.run("tests", tmp_path) == 1 and states()["last"] == "ok"
+    assert len(list(tmp_path.iterdir())) == 3 and "- bad: failed" in (tmp_path / "summary.md").read_text()
 
 
 # ---- the README
