@@ -39,7 +39,8 @@ def bench(*ops: str, device: str | None = None, quick: bool = False) -> dict[str
         ChildProcessError: where a bench failed; the others have run.
 
     Example:
-        >>> ssl_fast.bench.bench("nt_xent", "ema", quick=True)
+        >>> from ssl_fast.bench import bench
+        >>> bench("nt_xent", "ema", quick=True)
     """
     benches = stems()
     allowed = sorted([*benches, *PART_OF])
