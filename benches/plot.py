@@ -22,7 +22,7 @@ Rows = list[dict[str, str]]
 
 LOSSES = {"nt_xent": "NT-Xent", "info_nce": "InfoNCE, queue", "clip": "CLIP", "sup_con": "SupCon"}
 NORMS = {"batch_norm": "", "layer_norm": "LN ", "instance_norm": "IN "}  # the shapes of batch norm name it
-STEPS = {"ema": "EMA", "moco": "MoCo step", "simclr": "SimCLR step", "accelerate": "training step", "two_views": "views"}
+STEPS = {"ema": "EMA", "moco": "MoCo step", "accelerate": "training step", "two_views": "views"}
 PARTS = ("data", "encoder", "loss", "optimizer", "ema")
 
 
@@ -154,7 +154,9 @@ def lost_block() -> str:
                 found.append(line)
         return found
 
-    return by_device([r for r in rows_of(*LOSSES, *NORMS, *STEPS, "barlow_twins", "conv_bn") if r["ms"]], lines)
+    return by_device(
+        [r for r in rows_of(*LOSSES, *NORMS, *STEPS, "simclr", "barlow_twins", "conv_bn") if r["ms"]], lines
+    )
 
 
 def time(row: dict[str, str]) -> float:
