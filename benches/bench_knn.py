@@ -1,6 +1,6 @@
 """Nearest neighbours by cosine: ours and scikit-learn's brute force.
 
-    python -m benches.bench_knn                    4,000 queries over 100,000 x 512 features, k = 20 and 200
+    python -m benches.bench_knn                    2,000 queries over 100,000 x 512 features, k = 20 and 200
     python -m benches.bench_knn --queries 10000    as many
     python -m benches.bench_knn --quick            a tenth of both, nothing written
 
@@ -102,7 +102,7 @@ def rows(bank_size: int, query_count: int, width: int, k: int) -> list[common.Ro
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of both, nothing written")
-    parser.add_argument("--queries", type=int, default=4_000)
+    parser.add_argument("--queries", type=int, default=2_000)
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
