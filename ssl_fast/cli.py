@@ -136,6 +136,9 @@ def _convert(key: str, raw: str, annotation: Any) -> Any:
         float: float,
         str: str,
     }
+    words = [word for kind in _kinds(annotation) for word in typing.get_args(kind)]  # of a Literal
+    if raw in words:
+        return raw
     kinds = [kind for kind in readers if kind in _kinds(annotation)]
     for kind in kinds:
         try:
@@ -143,7 +146,7 @@ def _convert(key: str, raw: str, annotation: Any) -> Any:
         except (KeyError, ValueError):
             continue
     names = {NoneType: "none", bool: "true or false", int: "a whole number", float: "a number"}
-    raise ValueError(f"{key}: got {raw!r}, allowed: {' or '.join(names[kind] for kind in reversed(kinds))}")
+    raise ValueError(f"{key}: got {raw!r}, allowed: {' or '.join([*(names[kind] for kind in reversed(kinds)), *words])}")
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:

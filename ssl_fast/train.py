@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def train(
     log_every: int = 10,
     save_every: int = 0,
     keep_every: int = 0,
-    resume: bool | str = False,
+    resume: bool | Literal["auto"] = False,
     overwrite: bool = False,
     **method_args: Any,
 ) -> dict[str, Any]:
