@@ -13,6 +13,7 @@ from ssl_fast import data as data_module
 from ssl_fast.augment import MEAN_STD, POLICIES, Policy, TwoViews, plain_view, policy_named
 from ssl_fast.data import DEBIAN_FASHION, FASHION_FILES, Loader, epoch_batches, in_order, load_data
 from ssl_fast.folder import ImageFiles, find_images
+from ssl_fast.train import train
 
 CPU = torch.device("cpu")
 
@@ -247,6 +248,14 @@ def test_whole_images_of_a_folder_are_packed(tmp_path, workers):
     assert [tuple(packed[i].shape) for i in range(4)] == [(3, 30, 40)] * 3 + [(3, 67, 30)]  # 200 x 90 by 3
     assert packed[2][:, 5, 7].tolist() == [0, 2, 100] and packed[3][:, -1, -1].tolist() == [9, 0, 100]
     assert all(view.shape == (4, 3, 16, 16) for view in TwoViews("simclr", 16)(packed, indices))
+
+
+def test_training_on_a_folder_does_not_depend_on_workers(tmp_path):
+    source = tmp_path / "in"
+    save_images(source / "cat", 12, colour=10), save_images(source / "dog", 12, colour=99, size=(50, 70))
+    settings = {"model": "convnet", "epochs": 1, "batch_size": 11, "image_size": 12, "log_every": 1}
+    ends = [train(tmp_path / f"{n}", source, num_workers=n, augment="simclr", **settings)["loss"] for n in (0, 2)]
+    assert ends[0] == ends[1]
 
 
 def test_plain_view_is_normalised_and_resized():
