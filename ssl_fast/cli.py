@@ -146,7 +146,8 @@ def _convert(key: str, raw: str, annotation: Any) -> Any:
         except (KeyError, ValueError):
             continue
     names = {NoneType: "none", bool: "true or false", int: "a whole number", float: "a number"}
-    raise ValueError(f"{key}: got {raw!r}, allowed: {' or '.join([*(names[kind] for kind in reversed(kinds)), *words])}")
+    allowed = [*(names[kind] for kind in reversed(kinds)), *words]
+    raise ValueError(f"{key}: got {raw!r}, allowed: {' or '.join(allowed)}")
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
