@@ -4,6 +4,7 @@ import ast
 import csv
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -142,12 +143,14 @@ def test_bench_runs_each_op_and_says_what_failed(monkeypatch, tmp_path, capfd):
     interrupt = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
     (tmp_path / "benches/bench_stopped.py").write_text(interrupt)
     monkeypatch.setattr(bench_module, "ROOT", tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background ignores
     assert main(["bench", "good", "quick=true"]) == 0
     assert "row of --quick" in capfd.readouterr().out
     assert main(["bench", "bad", "good"]) == 1
     output = capfd.readouterr()
     assert "failed, as said above: bad" in output.err and "row of" in output.out
     assert main(["bench", "stopped"]) == 130
+    signal.signal(signal.SIGINT, before)
 
 
 def test_evidence_goes_on_where_it_stopped(monkeypatch, tmp_path):
