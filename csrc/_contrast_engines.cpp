@@ -7,13 +7,6 @@
 #include <cmath>
 #include <cstring>
 
-// Vectors wider than the machine's own change how functions pass them; all of ours that do are inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-#define SSL_FAST_LAMBDA __attribute__((always_inline))
-// On loops over the accumulators of a register tile: unless those loops vanish early, the tile lives in memory.
-#define SSL_FAST_UNROLL _Pragma("GCC unroll 16")
-
 namespace ssl_fast::contrast {
 namespace {
 

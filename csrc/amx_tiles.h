@@ -5,7 +5,6 @@
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
 #define SSL_FAST_HAS_AMX 1
-#include <immintrin.h>
 #endif
 
 namespace ssl_fast {

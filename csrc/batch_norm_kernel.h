@@ -1,4 +1,6 @@
-// The sweeps of batch norm over a block, for one instruction set; after activations_simd.h. No include guard: see simd.h.
+// The sweeps of batch norm over a block, for one instruction set; after simd_types.h. No include guard: see simd.h.
+
+#include "activations_simd.h"
 
 constexpr int64_t kTile = 128;          // values of a channel in rows, summed in fp32 before they are merged in fp64
 constexpr int64_t kPlaneTile = 4096;    // the same in planes, in as many chains as there are lanes

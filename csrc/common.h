@@ -26,9 +26,15 @@
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <immintrin.h>
 #endif
 
+// Vectors wider than the machine's own change how functions pass them; all of ours that do are inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
 #define SSL_FAST_INLINE inline __attribute__((always_inline))
+#define SSL_FAST_LAMBDA __attribute__((always_inline))
+// On loops over the accumulators of a register tile: unless those loops vanish early, the tile lives in memory.
+#define SSL_FAST_UNROLL _Pragma("GCC unroll 16")
 
 // Functions between the two may use the instruction sets named, whatever the flags of the translation unit.
 #define SSL_FAST_PRAGMA(tokens) _Pragma(#tokens)

@@ -60,10 +60,10 @@ struct Meeting {
 };
 
 // visit(pair, scratch) for all pairs of a schedule, on up to `threads` threads, each with scratch_bytes of work space. A
-// thread takes the next pair and waits until both
-// blocks have had their turns before it; pairs are taken in order of rounds, so some earlier pair can always go on. In a
-// round no block plays twice: threads write straight into the sums and gradients of their two blocks, and each block
-// takes its contributions in the same order whatever the number of threads.
+// thread takes the next pair and waits until both blocks have had their turns before it; pairs are taken in order of
+// rounds, so some earlier pair can always go on. In a round no block plays twice: threads write straight into the sums
+// and gradients of their two blocks, and each block takes its contributions in the same order whatever the number of
+// threads.
 template <class Schedule, class Visit>
 void for_each_pair(const Schedule& schedule, int64_t threads, int64_t scratch_bytes, const Visit& visit) {
   std::atomic<int64_t> next{0};
@@ -81,8 +81,10 @@ void for_each_pair(const Schedule& schedule, int64_t threads, int64_t scratch_by
       await(player_j, pair.turn_j);
       if (failure) return;  // of a thread whose turn will not come
       visit(pair, scratch.get());
-      turns[pair.i].store(pair.turn_i + 1, std::memory_order_release);
-      turns[player_j].store(pair.turn_j + 1, std::memory_order_release);
+      // Counted once where a block meets itself. To store the next turn twice would not do: between the two, another
+      // thread may end the block's next pair, whose turn the second store takes back.
+      turns[pair.i].fetch_add(1, std::memory_order_release);
+      if (player_j != pair.i) turns[player_j].fetch_add(1, std::memory_order_release);
     }
   };
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

@@ -5,10 +5,6 @@
 
 #include <cmath>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace ssl_fast::conv_bn {
 namespace {
 

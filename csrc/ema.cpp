@@ -2,10 +2,6 @@
 #include "common.h"
 #include "ema_pairs.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace ssl_fast::ema {
 namespace {
 

@@ -8,63 +8,11 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-#define SSL_FAST_LAMBDA __attribute__((always_inline))
-#define SSL_FAST_UNROLL _Pragma("GCC unroll 16")
-
 namespace ssl_fast::layer_norm {
 namespace {
 
-#define SSL_FAST_LANES 4
-namespace portable {
-#include "simd.h"
-#include "simd_types.h"
-#include "activations_simd.h"
-#include "layer_norm_kernel.h"
-}  // namespace portable
-#undef SSL_FAST_LANES
-
-#if defined(__x86_64__)
-#define SSL_FAST_LANES 8
-#define SSL_FAST_X86_LANES 8
-SSL_FAST_TARGET_BEGIN("avx2,fma,f16c")
-namespace avx2 {
-#include "simd.h"
-#include "simd_types.h"
-#include "activations_simd.h"
-#include "layer_norm_kernel.h"
-}  // namespace avx2
-SSL_FAST_TARGET_END
-#undef SSL_FAST_X86_LANES
-#undef SSL_FAST_LANES
-
-#define SSL_FAST_LANES 16
-#define SSL_FAST_X86_LANES 16
-SSL_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-namespace avx512 {
-#include "simd.h"
-#include "simd_types.h"
-#include "activations_simd.h"
-#include "layer_norm_kernel.h"
-}  // namespace avx512
-SSL_FAST_TARGET_END
-#undef SSL_FAST_X86_LANES
-#undef SSL_FAST_LANES
-#endif
-
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  const Capability capability = std::min(cpu_capability(), detected_capability());
-  if (capability >= Capability::kAVX512) return avx512::kKernels;
-  if (capability >= Capability::kAVX2) return avx2::kKernels;
-#endif
-  return portable::kKernels;
-}
+#define SSL_FAST_KERNELS "layer_norm_kernel.h"
+#include "instruction_sets.h"
 
 // Work below which a second thread is not worth its waking, what a block should hold at least, and a tile at most.
 constexpr int64_t kWorthThreads = int64_t{128} << 10, kBlockBytes = int64_t{256} << 10, kMostBlocks = 64, kLeastRows = 8;

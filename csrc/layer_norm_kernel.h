@@ -1,9 +1,11 @@
-// Layer norm over units of work, for one instruction set; after activations_simd.h. No include guard: see simd.h.
+// Layer norm over units of work, for one instruction set; after simd_types.h. No include guard: see simd.h.
 //
 // The mean is first guessed by a sum of x - pivot, the pivot being a position's first number: exact where all are equal,
 // and near enough whatever the pivot is. A second pass finds what the guess left out, and the squares about it. With
 // x - mean exact near the mean,
 //   xhat = (x - mean) * invstd + offset, offset = -low * invstd        u = xhat * weight + bias + residual
+
+#include "activations_simd.h"
 
 constexpr int64_t kTileRows = 256;  // whose affine gradients are summed in fp32 before they are added in fp64
 

@@ -6,59 +6,11 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-#define SSL_FAST_LAMBDA __attribute__((always_inline))
-
 namespace ssl_fast::two_views {
 namespace {
 
-#define SSL_FAST_LANES 4
-namespace portable {
-#include "simd.h"
-#include "simd_types.h"
-#include "two_views_kernel.h"
-}  // namespace portable
-#undef SSL_FAST_LANES
-
-#if defined(__x86_64__)
-#define SSL_FAST_LANES 8
-#define SSL_FAST_X86_LANES 8
-SSL_FAST_TARGET_BEGIN("avx2,fma,f16c")
-namespace avx2 {
-#include "simd.h"
-#include "simd_types.h"
-#include "two_views_kernel.h"
-}  // namespace avx2
-SSL_FAST_TARGET_END
-#undef SSL_FAST_X86_LANES
-#undef SSL_FAST_LANES
-
-#define SSL_FAST_LANES 16
-#define SSL_FAST_X86_LANES 16
-SSL_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-namespace avx512 {
-#include "simd.h"
-#include "simd_types.h"
-#include "two_views_kernel.h"
-}  // namespace avx512
-SSL_FAST_TARGET_END
-#undef SSL_FAST_X86_LANES
-#undef SSL_FAST_LANES
-#endif
-
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  const Capability capability = std::min(cpu_capability(), detected_capability());
-  if (capability >= Capability::kAVX512) return avx512::kKernels;
-  if (capability >= Capability::kAVX2) return avx2::kKernels;
-#endif
-  return portable::kKernels;
-}
+#define SSL_FAST_KERNELS "two_views_kernel.h"
+#include "instruction_sets.h"
 
 MakeView kernel_for(ScalarType dtype, int64_t channels) {
   const Kernels& all = kernels();
@@ -101,10 +53,7 @@ std::vector<Image> find_images(const Tensor& images, const std::optional<Tensor>
   const auto* const rows = static_cast<const int64_t*>(table->const_data_ptr());
   for (int64_t i = 0; i < table->size(0); ++i) {
     const int64_t offset = rows[3 * i], height = rows[3 * i + 1], width = rows[3 * i + 2];
-    constexpr int64_t kMost = int64_t{1} << 24;
-    const bool fits = offset >= 0 && height > 0 && width > 0 && height <= kMost && width <= kMost &&
-                      height * width * channels <= images.numel() - offset;
-    STD_TORCH_CHECK(fits, "two_views: image ", i, " of ", height, " by ", width, " pixels at ", offset,
+    STD_TORCH_CHECK(lies_within(offset, height, width, channels, images.numel()), "two_views: image ", i, " of ", height, " by ", width, " pixels at ", offset,
                     " does not lie in a buffer of ", images.numel(), " bytes");
     found.push_back({data + offset, height, width, width * channels, channels, 1});
   }

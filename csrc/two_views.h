@@ -21,6 +21,13 @@ struct Image {
   int64_t height, width, row, pixel, channel;  // the last three: strides in bytes
 };
 
+// Whether an image of a table lies in a buffer of so many bytes; for any numbers, without overflow.
+inline bool lies_within(int64_t offset, int64_t height, int64_t width, int64_t channels, int64_t bytes) {
+  constexpr int64_t kMost = int64_t{1} << 24;
+  return offset >= 0 && height > 0 && width > 0 && height <= kMost && width <= kMost &&
+         height * width * channels <= bytes - offset;
+}
+
 struct Step {
   enum Kind { kBrightness, kContrast, kSaturation, kHue, kGray } kind;
   float factor;

@@ -1,5 +1,5 @@
 // The views of csrc/two_views_kernel.h under the sanitizers: images and outputs in blocks of their own size, gaps that
-// must not be touched between the parts of the work space, odd shapes, and parameters that no one should give.
+// must not be touched between the parts of the work space, odd shapes, and tables and parameters that no one should give.
 #include "two_views.h"
 
 #include <sanitizer/asan_interface.h>
@@ -8,10 +8,7 @@
 #include <limits>
 #include <type_traits>
 
-#define SSL_FAST_LAMBDA __attribute__((always_inline))
-
 #if defined(__AVX2__)
-#include <immintrin.h>
 #define SSL_FAST_LANES 8
 #define SSL_FAST_X86_LANES 8
 #else
@@ -92,5 +89,24 @@ int main() {
                                          : view_is_finite<Half>(kKernels.as_half[at], image, params, channels, size);
     if (!finite && !hostile) return std::printf("round %d: not finite\n", round), 1;
   }
+  // Rows of a table from all kinds of numbers: an image that is said to lie in the buffer is read whole.
+  const int64_t most = std::numeric_limits<int64_t>::max(), bytes = 96;
+  const int64_t numbers[] = {0, 1, 2, 4, 5, 8, 31, 32, 33, 95, 96, 97, -1, -4, 1 << 24, (1 << 24) + 1, int64_t{1} << 31,
+                             int64_t{1} << 62, most, most - 95, std::numeric_limits<int64_t>::min()};
+  std::unique_ptr<uint8_t[]> buffer(new uint8_t[bytes]());
+  const float row[kColumns] = {0, 0, 1e9f, 1e9f, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 2};  // the whole image
+  int inside = 0;
+  for (int64_t offset : numbers)
+    for (int64_t height : numbers)
+      for (int64_t width : numbers)
+        for (int64_t channels : {1, 3}) {
+          if (!lies_within(offset, height, width, channels, bytes)) continue;
+          const Image image{buffer.get() + offset, height, width, width * channels, channels, 1};
+          ++inside;
+          if (!view_is_finite<float>(kKernels.as_float[channels == 3], image, row, channels, 5))
+            return std::puts("a table: not finite"), 1;
+        }
+  if (inside < 50 || lies_within(92, 1, 5, 1, bytes) || lies_within(bytes, 1, 1, 1, bytes) || !lies_within(91, 1, 5, 1, bytes))
+    return std::printf("a table: %d images\n", inside), 1;
   std::puts("done");
 }
