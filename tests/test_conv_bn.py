@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.fusion import fuse_linear_bn_weights as torch_linear
 
 import ssl_fast
+from benches import fold_models
 from ssl_fast.accelerate import obstacle
 from ssl_fast.fold import FoldedLinear, fold_conv_bn, verify
 from ssl_fast.functional import fuse_conv_bn_weights, fuse_linear_bn_weights
@@ -657,18 +658,44 @@ def test_exported_graphs_hold_no_norm():
     assert not any("batch_norm" in n for n in graph_operators(torch.export.export(linear, (torch.randn(5, 8),))))
 
 
+LEGACY = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+
+
+@LEGACY
+@pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.parametrize("model", ["shared", "accelerated"])
-def test_onnx_graphs_hold_no_norm_and_give_the_same(model, tmp_path):
+def test_onnx_graphs_hold_no_norm_and_give_the_same(model, dynamo, tmp_path):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = Shared() if model == "shared" else ssl_fast.accelerate(Residual()).model
     folded, x = fold_conv_bn(randomised(model)), torch.randn(2, 4, 6, 6)
-    torch.onnx.export(folded, (x,), tmp_path / "model.onnx", dynamo=True)
+    torch.onnx.export(folded, (x,), tmp_path / "model.onnx", dynamo=dynamo)
     operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert "Conv" in operators and "BatchNormalization" not in operators
     session = runtime.InferenceSession(tmp_path / "model.onnx")
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert torch.allclose(torch.from_numpy(y), folded(x), atol=1e-5)
+
+
+@LEGACY
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_a_fused_norm_that_is_left_exports_by_tracing_too(activation):
+    runtime = pytest.importorskip("onnxruntime")
+
+    def forward(m, x):
+        return m.tokens(m.norm(m.conv(x).relu(), residual=x), residual=x)
+
+    norm, tokens = ssl_fast.nn.BatchNorm2d(4, activation=activation), ssl_fast.nn.LayerNorm2d(4, activation=activation)
+    folded = fold_conv_bn(randomised(Net(forward, conv=nn.Conv2d(4, 4, 1), norm=norm, tokens=tokens)))
+    assert list(folded.fold_report.left) == ["norm"]
+    file = io.BytesIO()
+    torch.onnx.export(
+        folded, (torch.randn(2, 4, 6, 6),), file, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "N"}}
+    )
+    session = runtime.InferenceSession(file.getvalue())
+    for count in (1, 2, 5):
+        x = torch.randn(count, 4, 6, 6)
+        assert torch.allclose(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), folded(x), atol=1e-5)
 
 
 # ---- whole networks
@@ -696,8 +723,10 @@ def networks():
 )  # fmt: skip
 def test_networks_and_each_of_their_norms(name):
     torch.manual_seed(0)
-    x = torch.randn(4, 3, 64, 64)
-    model = calibrated(networks()[name](), x)
+    x, model = torch.randn(4, 3, 64, 64), networks()[name]()
+    plain, ours, _ = fold_models.errors(model, draws=3)
+    assert ours <= 2 * plain
+    model = calibrated(model, x)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, NORMS)}
     folded = check(model, x, folds=len(norms) if name != "densenet" else 5)
     if name == "densenet":
@@ -710,3 +739,17 @@ def test_networks_and_each_of_their_norms(name):
             with pytest.raises(AssertionError, match="folded: error"):
                 assert_close("folded", folded(x), truth, plain, torch.float32)
             norm.running_var.div_(1.1)
+
+
+def test_the_table_of_networks_shows_what_folding_promises():
+    """docs/fold_models.md: every network is there, none is further off, and what is left is what cannot be folded."""
+    torchvision = pytest.importorskip("torchvision")
+    rows, without = fold_models.read()
+    names = {*torchvision.models.list_models(module=torchvision.models), *(f"timm {n}" for n in fold_models.TIMM)}
+    assert {*rows, *without} == names
+    for name, row in rows.items():
+        assert float(row["ratio"]) <= 2, name
+    before_conv = {*(f"densenet{n}" for n in (121, 161, 169, 201)), "maxvit_t", "timm densenet121", "timm resnetv2_50"}
+    not_called, of_no_layer = {"googlenet", "inception_v3"}, {"timm mixnet_s", "timm repvgg_a0", "timm levit_128s"}
+    assert {name for name, row in rows.items() if row["left"] != "0"} == before_conv | not_called | of_no_layer
+    assert len({name for name in rows if name.startswith("timm")} - of_no_layer) >= 10
