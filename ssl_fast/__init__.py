@@ -7,9 +7,11 @@ from ssl_fast.augment import TwoViews
 from ssl_fast.cached import CachedStep, cached_step, checkpoint_stages
 from ssl_fast.fold import fold_conv_bn
 from ssl_fast.methods import BarlowTwins, MoCo, SimCLR
+from ssl_fast.ops._info_nce_clip import CLIPLoss
+from ssl_fast.ops._info_nce_sup_con import SupConLoss
 from ssl_fast.ops.barlow_twins import BarlowTwinsLoss
 from ssl_fast.ops.ema import EMA, cosine_momentum, ema_update_, update_momentum
-from ssl_fast.ops.info_nce import CLIPLoss, InfoNCE, SupConLoss
+from ssl_fast.ops.info_nce import InfoNCE
 from ssl_fast.ops.nt_xent import NTXentLoss
 from ssl_fast.queue import KeyQueue
 from ssl_fast.sync_batch_norm import convert_sync_batchnorm

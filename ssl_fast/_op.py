@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stack
 from torch.autograd import forward_ad as _forward_ad
@@ -148,17 +149,22 @@ class Op:
         OPS[self.name] = self
 
     def __call__(self, *args: Any, backend: str = "auto") -> Any:
-        # The dispatcher is for those who trace: compile, export, fake tensors, vmap. It costs 6 us a call, and more
-        # where it has to convert a long list of tensors.
-        if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or _peek_interpreter_stack() is not None:
+        if _traced():
             return self._overload(*args, backend=backend)
-        return self._run(*args, backend=backend)
+        return self._implementation(args[self._decides], backend)[1](*args)
 
-    def backend_for(self, tensor: torch.Tensor) -> str:
+    def backend_for(self, tensor: Tensor) -> str:
         """The backend to run on a tensor now, for a forward to hand to its backward."""
         if torch.compiler.is_compiling():  # resolved when the compiled graph runs; a forced one is kept as a constant
             return _forced or "auto"
-        return self._implementation(tensor, _forced or "auto")[0]
+        return self._implementation(tensor, "auto")[0]
+
+    def chosen(self, tensor: Tensor) -> tuple[str, Callable[..., Any]]:
+        """backend_for(tensor), and the operator on it: what a small forward calls at least cost."""
+        if not _traced():
+            return self._implementation(tensor, "auto")
+        backend = self.backend_for(tensor)
+        return backend, functools.partial(self._overload, backend=backend)
 
     def reason(self, backend: str, device: str, dtype: torch.dtype) -> str | None:
         """None when a backend runs a dtype on a device type, else why it does not."""
@@ -176,14 +182,12 @@ class Op:
         return f"takes {allowed}, not {_short(dtype)}"
 
     def _run(self, *args: Any, backend: str = "auto") -> Any:
-        deciding = args[self._decides]
-        if not isinstance(deciding, torch.Tensor):
-            deciding = deciding[0]
-        if backend == "auto":
-            backend = _forced or "auto"
-        return self._implementation(deciding, backend)[1](*args)
+        return self._implementation(args[self._decides], backend)[1](*args)
 
-    def _implementation(self, tensor: torch.Tensor, asked: str) -> tuple[str, Callable[..., Any]]:
+    def _implementation(self, deciding: Any, asked: str) -> tuple[str, Callable[..., Any]]:
+        tensor = deciding if isinstance(deciding, Tensor) else deciding[0]
+        if asked == "auto" and _forced is not None:
+            asked = _forced
         key = (tensor.device, tensor.dtype, asked)
         found = self._implementations.get(key)
         if found is None:
@@ -206,9 +210,15 @@ class Op:
         if backend == "reference":
             return _without_autocast(self.reference)
         if backend == "native":
-            return getattr(torch.ops.ssl_fast_native, self.name).default
+            return getattr(torch.ops.ssl_fast_native, self.name).default._op  # type: ignore[no-any-return]
         module, launcher = self.triton.split(":")  # type: ignore[union-attr]
         return _without_autocast(getattr(importlib.import_module(module), launcher))
+
+
+def _traced() -> bool:
+    """The dispatcher is for those who trace: compile, export, fake tensors, vmap. It costs 6 us a call, and more where
+    it has to convert a long list of tensors."""
+    return torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0 or _peek_interpreter_stack() is not None
 
 
 def transforming() -> bool:
@@ -216,10 +226,12 @@ def transforming() -> bool:
     operation by operation, and know neither the operators nor an autograd.Function."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    return _forward_ad._current_level >= 0 or _peek_interpreter_stack() is not None
+    if _forward_ad._current_level >= 0 or _peek_interpreter_stack() is not None:
+        return True
+    return torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export()  # dynamo=False
 
 
-def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What autocast, where it is on for a tensor's device, casts to in front of a matrix product."""
     if not _is_any_autocast_enabled():  # asking by device type costs as much as everything else that is checked
         return None

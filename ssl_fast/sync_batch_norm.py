@@ -91,14 +91,13 @@ class _SyncBatchNorm(torch.autograd.Function):
         activation: int,
         group: Any,
     ) -> Tensor:
-        ctx.backend = batch_norm_fwd.backend_for(x)
+        ctx.backend, forward = batch_norm_fwd.chosen(x)
         ctx.activation, ctx.group = activation, group
         ctx.bias_dtype = None if bias is None else bias.dtype
         keep_mask = residual is not None and activation in BY_SIGN
-        y, _, mask = batch_norm_fwd(
-            x, residual, weight, bias, None, None, None, stats, True, 0.0, eps, 1, activation, keep_mask,
-            backend=ctx.backend,
-        )  # fmt: skip
+        y, _, mask = forward(
+            x, residual, weight, bias, None, None, None, stats, True, 0.0, eps, 1, activation, keep_mask
+        )
         ctx.save_for_backward(
             x,
             residual if activation not in (IDENTITY, *BY_SIGN) else None,

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = (80, 90, 100)
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may take
-MATRIX_KERNELS = {"_fwd_kernel", "_bwd_kernel", "_one_pass_kernel"}
+MATRIX_KERNELS = {"_fwd_kernel", "_bwd_kernel", "_one_pass_kernel", "_columns_kernel", "_rows_kernel"}
 
 
 def launch_nt_xent(module, complete):
@@ -74,6 +74,20 @@ def launch_info_nce(module, complete):
         x, y = torch.zeros(N, width, dtype=dtype), torch.zeros(K, width, dtype=dtype)
         for normalize in (True, False) if complete else (True,):
             module.info_nce_one_pass(x, y, t, *seen, normalize)
+
+
+def launch_barlow_twins(module, complete):
+    """Both launchers over the dtypes, with and without gradients, one process's rows and others', and both paths."""
+    import torch
+
+    cases = [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
+    for dtype, precision in cases + [(torch.float16, "ieee")] * complete:
+        torch.backends.cuda.matmul.fp32_precision = precision
+        z, on = torch.zeros(256, 512, dtype=dtype), torch.zeros(512)
+        for gradients in (True, False) if complete else (True,):
+            module.barlow_twins_columns(z[:, :128], z, on[:128], 128, 0.1, 0.1, gradients)
+            module.barlow_twins_rows(z, z, None, None, on, 0.1, 0.1, gradients)
+            module.barlow_twins_rows(z, z, z, z, None, 0.1, 0.1, gradients)
 
 
 def launch_ema(module, complete):
@@ -176,6 +190,7 @@ def launch_two_views(module, complete):
 LAUNCHES = {
     "nt_xent": launch_nt_xent,
     "info_nce": launch_info_nce,
+    "barlow_twins": launch_barlow_twins,
     "ema": launch_ema,
     "batch_norm": launch_batch_norm,
     "layer_norm": launch_layer_norm,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import DEVICE, assert_close, tensors
+from common import DEVICE, assert_close, backends, tensors
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional as F
@@ -52,9 +52,7 @@ def test_against_fp64(N, D, dtype):
 
 @pytest.mark.parametrize(("N", "D"), [(40, 90), (90, 40)])
 def test_in_several_tiles(N, D, monkeypatch):
-    monkeypatch.setattr(
-        home, "_pieces", lambda count, width: (slice(i, min(i + 17, count)) for i in range(0, count, 17))
-    )
+    monkeypatch.setattr(home, "_pieces", lambda count, *_: (slice(i, min(i + 17, count)) for i in range(0, count, 17)))
     z_a, z_b = views(N, D, torch.float64)
     truth, value = (results(loss, z_a, z_b) for loss in (dense, barlow_twins))
     for name in truth:
@@ -76,22 +74,61 @@ def test_confident_pairs_and_decorrelated_features():
 
 def test_both_ways_give_the_same():
     a, b = (F.batch_norm(z, None, None, training=True) for z in views(20, 23, torch.float64))
-    on = ((a * b).mean(0) ** 2).sum()
-    rows, columns = (
-        home.barlow_twins_rows(a, b, None, None, 1 / 20, True),
-        home.barlow_twins_columns(a, b, 0, 1 / 20, True),
-    )
-    torch.testing.assert_close(rows[0] - on, columns[0])
-    halves = [home.barlow_twins_rows(a[i], b[i], a, b, 1 / 20, True) for i in (slice(9), slice(9, None))]
+    on = (a * b).mean(0)
+    options, on_columns, on_rows = (1 / 20, 0.3, True), (on - 1) / 10, (on - 1 - 0.3 * on) / 10
+    rows = home.barlow_twins_rows(a, b, None, None, on_rows, *options)
+    columns = home.barlow_twins_columns(a, b, on_columns, 0, *options)
+    torch.testing.assert_close(rows[0] - on.square().sum(), columns[0])
+    for k in (1, 2):
+        torch.testing.assert_close(rows[k], columns[k])
+    halves = [home.barlow_twins_rows(a[i], b[i], a, b, on_rows, *options) for i in (slice(9), slice(9, None))]
     torch.testing.assert_close(halves[0][0] + halves[1][0], rows[0])
     for k in (1, 2):  # each half owns its rows
         torch.testing.assert_close(torch.cat([half[k] for half in halves]), rows[k])
-    parts = [home.barlow_twins_columns(a[:, i], b, i.start, 1 / 20, True) for i in (slice(0, 7), slice(7, None))]
+    halves = slice(0, 7), slice(7, None)
+    parts = [home.barlow_twins_columns(a[:, i], b, on_columns[i], i.start, *options) for i in halves]
     torch.testing.assert_close(parts[0][0] + parts[1][0], columns[0])
     torch.testing.assert_close(torch.cat([part[1] for part in parts], 1), columns[1])
     torch.testing.assert_close(parts[0][2] + parts[1][2], columns[2])
-    assert torch.equal(home.barlow_twins_columns(a, b, 0, 1 / 20, False)[0], columns[0])
-    assert [g.numel() for g in home.barlow_twins_rows(a, b, None, None, 1 / 20, False)[1:]] == [0, 0]
+    assert torch.equal(home.barlow_twins_columns(a, b, None, 0, 1 / 20, 0.3, False)[0], columns[0])
+    assert [g.numel() for g in home.barlow_twins_rows(a, b, None, None, None, 1 / 20, 0.3, False)[1:]] == [0, 0]
+
+
+TRITON = [  # N, other rows or columns, D, dtype, precision
+    (3, 0, 1, torch.float32, "ieee"),
+    (70, 0, 33, torch.float32, "ieee"),
+    (70, 0, 33, torch.float32, "tf32"),
+    (33, 70, 17, torch.bfloat16, "ieee"),
+    (5, 3, 65, torch.float16, "ieee"),
+]
+
+
+@pytest.mark.parametrize("gradients", (True, False))
+@pytest.mark.parametrize(("N", "more", "D", "dtype", "precision"), TRITON)
+def test_triton(N, more, D, dtype, precision, gradients):
+    """Against the reference in fp64: tiles on and beside the diagonal, mirrored or not, of any strides."""
+    if "triton" not in backends(home.barlow_twins_rows, dtype):
+        pytest.skip(home.barlow_twins_rows.reason("triton", DEVICE, dtype))
+    a, b, x, y = (z.detach().to(dtype) for z in tensors(*[(N, D)] * 2, *[(more, D)] * 2, dtype=torch.float64))
+    (on,) = (z.detach() if gradients else None for z in tensors((D,), dtype=torch.float32))
+    wide = torch.cat([a.T.contiguous().T, b, b[:, :more]], 1)  # the diagonal begins at D
+    options = (1 / N, 0.3, gradients)
+    calls = {
+        home.barlow_twins_rows: (a, b.T.contiguous().T, *((x, y) if more else (None, None)), on, *options),
+        home.barlow_twins_columns: (a, wide, on, D, *options),
+    }
+    before = torch.backends.cuda.matmul.fp32_precision
+    for op, args in calls.items():
+        truth = op.reference(*(z.double() if isinstance(z, Tensor) else z for z in args))
+        plain = op.reference(*args)
+        try:
+            torch.backends.cuda.matmul.fp32_precision = precision
+            found = op(*args, backend="triton")
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+        for name, value, true, loose in zip(("squares", "da", "db"), found, truth, plain, strict=True):
+            assert value.dtype == torch.float32
+            assert_close(name, value, true, loose, torch.float16 if precision == "tf32" else dtype)
 
 
 def test_parity_with_lightly():
@@ -104,6 +141,18 @@ def test_parity_with_lightly():
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("N", "D"), [(40, 130), (130, 40)])
+def test_constant_columns(N, D):
+    """Their variance is 0: they are 0 when standardised, and so is what C has of them."""
+    z_a, z_b = views(N, D, torch.float64)
+    z_a[:, 3], z_b[:, 3:5] = 7, -2
+    truth = results(dense, z_a, z_b)
+    value = results(barlow_twins, z_a.float(), z_b.float())
+    plain = results(dense, z_a.float(), z_b.float())
+    for name in truth:
+        assert_close(name, value[name], truth[name], plain[name], torch.float32)
+
+
 @pytest.mark.parametrize(("N", "D"), [(5, 12), (9, 4)])
 def test_gradcheck_opcheck_and_strides(N, D):
     z_a, z_b = (z.requires_grad_() for z in views(N, D, torch.float64))
@@ -111,9 +160,10 @@ def test_gradcheck_opcheck_and_strides(N, D):
     a, b = (z.detach().float() for z in (z_a, z_b))
     named = torch.ops.ssl_fast
     for gradients in (False, True):
+        on = a[0] if gradients else None
         for x in (None, b):
-            opcheck(named.barlow_twins_rows.default, (a, b, x, x, 0.1, gradients))
-        opcheck(named.barlow_twins_columns.default, (a[:, 1:], b, 1, 0.1, gradients))
+            opcheck(named.barlow_twins_rows.default, (a, b, x, x, on, 0.1, 0.3, gradients))
+        opcheck(named.barlow_twins_columns.default, (a[:, 1:], b, on if on is None else on[1:], 1, 0.1, 0.3, gradients))
     strided = results(barlow_twins, a.T.contiguous().T, b.repeat(1, 2)[:, :D])
     plain = results(barlow_twins, a, b)
     assert all(torch.allclose(strided[name], plain[name], rtol=1e-4, atol=1e-6) for name in plain)

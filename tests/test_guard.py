@@ -2,17 +2,22 @@
 
 Each step is what a user calls; it is held against what it replaces, in processor time where threads wait for a busy
 machine, and its memory against the promise. A limit is twice what was measured on a busy machine, more or less, so that
-a failure is a kernel that is gone (a fallback, a copy too many), not noise.
+a failure is a kernel that is gone (a fallback, a copy too many), not noise. Where valgrind is present the losses' inner
+loops are held against the instructions of their products besides, which no machine's mood changes. They run by
+themselves there: to import torch under valgrind takes minutes.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
@@ -40,14 +45,13 @@ def one_thread(poisoned_memory):
     torch.set_num_threads(before)
 
 
-def ratio(ours, theirs, rounds=5):
-    """The median over rounds of ours by theirs."""
-    found = []
-    for done in range(rounds + 1):
-        pair = [spent(step) for step in (ours, theirs)]
-        if done:
-            found.append(pair[0] / pair[1])
-    return median(found)
+def ratio(ours, theirs, seconds=0.3):
+    """The fastest of ours by the fastest of theirs, turn by turn: a neighbour on the caches only ever adds."""
+    fastest, end, rounds = [math.inf, math.inf], time.perf_counter() + seconds, 0
+    while rounds < 6 or time.perf_counter() < end:
+        fastest = [min(best, spent(step)) for best, step in zip(fastest, (ours, theirs), strict=True)]
+        rounds += 1
+    return fastest[0] / fastest[1]
 
 
 def spent(step):
@@ -142,3 +146,55 @@ def test_memory_is_linear_in_the_batch():
     found = json.loads(output.splitlines()[-1])
     assert found["ssl_fast 1024"] < 0.25 * found["dense PyTorch 1024"], found
     assert found["ssl_fast 2048"] < 3 * found["ssl_fast 1024"], found
+
+
+# Blocks of the losses' own size through the AVX2 engine, the widest that valgrind knows. Nothing refers to the choice
+# of an engine, so that the compiler leaves the others out.
+COUNTED = """
+#include "contrast_tiles.h"
+#include <cstdio>
+#include <vector>
+#define choose_engine static unused_choice
+#include "_contrast_engines.cpp"
+
+namespace ssl_fast::contrast {
+void run(const std::string& what, int64_t D) {
+  std::vector<float> z(kBlock * std::max<int64_t>(row_stride(D), D) + D * kStride, 0.1f), one(kBlock, 1.0f);
+  std::vector<float> dz_i(kBlock * row_stride(D)), dz_j(dz_i), work(avx2::backward_work(D) + kBlock * kStride);
+  static TileSums i, j;
+  Tile tile{z.data(), z.data(), D, kBlock, kBlock, kNoDiagonal, nullptr, nullptr, 1.0f, work.data()};
+  if (what == "forward") avx2::forward({tile, &i, &j}, true);
+  if (what == "backward")
+    avx2::backward({tile, z.data(), z.data(), one.data(), one.data(), nullptr, nullptr, nullptr, nullptr, nullptr,
+                    nullptr, dz_i.data(), dz_j.data(), true, true, row_stride(D)}, true);
+  std::printf("%g %g\\n", i.sum[0], dz_j[0]);
+}
+}  // namespace ssl_fast::contrast
+
+int main(int, char** words) { ssl_fast::contrast::run(words[1], 128); }
+"""
+VALGRIND, CXX = shutil.which("valgrind"), os.environ.get("CXX") or shutil.which("c++")
+
+
+@pytest.mark.skipif(VALGRIND is None or CXX is None, reason="valgrind or a C++ compiler is not installed")
+@pytest.mark.skipif(common.instruction_set() in ("baseline", "unknown"), reason="this CPU has no AVX2")
+def test_instructions_of_the_losses(tmp_path):
+    """For each 8 multiply-adds: 1.67 in the inner loop (12 of them, 8 loads), in all 2.3 forward, and 6.3 for the three
+    products backward; on scalars 8 times as many, and 2 more where the register tile is spilt."""
+    include = Path(torch.__file__).parent / "include"
+    source, program = tmp_path / "counted.cpp", tmp_path / "counted"
+    source.write_text(COUNTED)
+    options = ["-std=c++20", "-O3", "-w", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    folders = [f"-I{ROOT / 'csrc'}", f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
+    subprocess.run([CXX, *options, *folders, str(source), "-o", str(program)], check=True)
+
+    def instructions(what):
+        command = [VALGRIND, "--tool=callgrind", "--callgrind-out-file=/dev/null", str(program), what]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return int(re.search(r"Collected : (\d+)", report)[1])
+
+    product, nothing = 192 * 192 * 128 / 8, instructions("nothing")
+    found = {what: (instructions(what) - nothing) / product for what in ("forward", "backward")}
+    print(found)
+    assert 1 < found["forward"] < 3, found
+    assert 3 < found["backward"] < 8, found

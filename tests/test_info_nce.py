@@ -23,6 +23,7 @@ import ssl_fast
 from ssl_fast import CLIPLoss, InfoNCE, KeyQueue, NTXentLoss, SupConLoss
 from ssl_fast.functional import clip, info_nce, nt_xent, sup_con
 from ssl_fast.ops import info_nce as home
+from ssl_fast.ops._info_nce_sup_con import sup_con_fwd
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = backends(home.info_nce_fwd, torch.float32)
@@ -363,7 +364,7 @@ def test_gradcheck_and_opcheck(backend):
         opcheck(named.info_nce_bwd.default, back, kwargs)
     opcheck(named.info_nce_one_pass.default, (q, n, t, None, None, None, True), kwargs)
     for classes, others in ((labels, None), (None, ids)):
-        stats = home.sup_con_fwd(q, classes, others, t, True, backend=backend)
+        stats = sup_con_fwd(q, classes, others, t, True, backend=backend)
         opcheck(named.sup_con_fwd.default, (q, classes, others, t, True), kwargs)
         h = None if classes is None else g
         opcheck(named.sup_con_bwd.default, (g, h, q, classes, others, t, stats, True), kwargs)

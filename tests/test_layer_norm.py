@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import ssl_fast
 from ssl_fast.functional import layer_norm
@@ -442,6 +443,25 @@ def test_modules_are_torchs_subclasses_with_their_state_dict():
             assert torch.equal(copied(x), mine(x))
     x = random((2, 3, 4, 4))
     assert error(ssl_fast.nn.LayerNorm2d(3).to(DEVICE)(x), plain(x, None, None, None, 0)) < 1e-6
+
+
+class Doubled(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        return 2 * values
+
+
+@pytest.mark.parametrize("cls", (ssl_fast.nn.LayerNorm, ssl_fast.nn.BatchNorm1d, ssl_fast.nn.InstanceNorm1d))
+def test_a_weight_that_is_no_parameter_of_the_module_counts(cls):
+    x = random((3, 5, 5))
+    norm = cls(5, **({"affine": True} if cls is ssl_fast.nn.InstanceNorm1d else {})).to(DEVICE)
+    expected = 2 * norm(x)
+    torch.testing.assert_close(torch.func.functional_call(norm, {"weight": 2 * norm.weight}, (x,)), expected)
+    parametrize.register_parametrization(norm, "weight", Doubled())
+    torch.testing.assert_close(norm(x), expected)
+    del norm.parametrizations
+    norm.__class__ = cls
+    norm.weight = 2 * torch.ones(5, device=DEVICE)  # as wrappers of modules leave it
+    torch.testing.assert_close(norm(x), expected)
 
 
 def test_autocast_is_as_torchs():

@@ -1,14 +1,9 @@
-"""SyncBatchNorm in groups of two and four processes against one process with the whole batch, and the conversion.
-
-The processes are started by running this file: `python test_sync_batch_norm.py RANK WORLD FOLDER`.
-"""
+"""SyncBatchNorm in groups of two and four processes against one process with the whole batch, and the conversion."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import finish, start
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import ssl_fast  # noqa: E402
-from ssl_fast.nn import SyncBatchNorm  # noqa: E402
-from ssl_fast.sync_batch_norm import _merge  # noqa: E402
+import ssl_fast
+from ssl_fast.nn import SyncBatchNorm
+from ssl_fast.sync_batch_norm import _merge
 
 
 @dataclass
@@ -217,14 +211,7 @@ def worker(rank: int, world: int, folder: Path) -> None:
 
 
 def run(world: int, folder: Path) -> list[dict[str, Any]]:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world), str(folder)], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(world)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert not any(p.returncode for p in processes), "\n".join(errors)
+    finish([start(folder, f"rank{rank}", worker, rank, world, folder) for rank in range(world)])
     return [pickle.loads((folder / f"{rank}.pkl").read_bytes()) for rank in range(world)]
 
 
@@ -365,7 +352,3 @@ def test_bad_input_is_named() -> None:
         SyncBatchNorm(3, activation="tanh")
     with pytest.raises(ValueError, match="at least 2D"):
         SyncBatchNorm(3)(torch.ones(3))
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

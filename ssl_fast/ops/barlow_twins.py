@@ -33,10 +33,10 @@ from ssl_fast.sync_batch_norm import sync_batch_norm
 # ---- reference: products by the BLAS at hand, and next to nothing between them
 
 
-def _pieces(count: int, width: int) -> Iterator[slice]:
-    """Parts of `count` rows of a matrix so wide: tiles of at most 2^22 numbers, but no sliver of a product; four of
-    them, so that a symmetric matrix has something to spare."""
-    size = max(128, min(1024, count // 4, (1 << 22) // width))
+def _pieces(count: int, width: int, parts: int = 1) -> Iterator[slice]:
+    """At least so many parts of `count` rows of a matrix so wide: tiles of at most 2^22 numbers, but no sliver of a
+    product."""
+    size = max(128, min(1024, count // parts, (1 << 22) // width))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
@@ -51,56 +51,72 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     return x @ y if x.dtype == accumulator(x) else torch.mm(x, y, out_dtype=accumulator(x))
 
 
-def _add_product(out: Tensor, x: Tensor, y: Tensor) -> None:
-    """out += x y, where x is in the dtype of sums, as out is."""
+def _add_product(out: Tensor, x: Tensor, y: Tensor, alpha: float) -> None:
+    """out += alpha x y, where x is in the dtype of sums, as out is."""
     if y.dtype == out.dtype:
-        out.addmm_(x, y)
+        out.addmm_(x, y, alpha=alpha)
     else:
-        out += _product(x.to(y.dtype), y)
+        out.add_(_product(x.to(y.dtype), y), alpha=alpha)
 
 
-def _gradients_like(gradients: bool, *inputs: Tensor) -> list[Tensor]:
-    """Zeros to add to; where there are no gradients, none."""
-    return [z.new_zeros(z.shape if gradients else (0,), dtype=accumulator(z)) for z in inputs]
+def of_diagonal(z: Tensor, other: Tensor, on_diagonal: Tensor | None, gradients: bool) -> Tensor:
+    """What C's diagonal gives to the gradient for z, to add the rest to; where there are no gradients, nothing."""
+    if not gradients:
+        return z.new_empty(0, dtype=accumulator(z))
+    if on_diagonal is None:
+        return torch.zeros(z.shape, dtype=accumulator(z), device=z.device)
+    return other * on_diagonal
 
 
 def _rows_reference(
-    a: Tensor, b: Tensor, x: Tensor | None, y: Tensor | None, scale: float, gradients: bool
+    a: Tensor,
+    b: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    on_diagonal: Tensor | None,
+    scale: float,
+    weight: float,
+    gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     a, b = _operand(a), _operand(b)
-    total, (da, db) = torch.zeros((), dtype=torch.float64, device=a.device), _gradients_like(gradients, a, b)
+    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    da, db = of_diagonal(a, b, on_diagonal, gradients), of_diagonal(b, a, on_diagonal, gradients)
     symmetric = x is None or y is None
     x, y = (a, b) if x is None or y is None else (_operand(x), _operand(y))
-    for rows in _pieces(len(a), len(x)):
+    # Four parts of a symmetric matrix have something to spare.
+    for rows in _pieces(len(a), len(x), 4 if symmetric else 1):
         others, later = slice(rows.start if symmetric else 0, None), slice(rows.stop, None)
         # In fp16's range before they are rounded.
         of_a = _product(a[rows], x[others].T).mul_(scale)
         of_b = _product(b[rows], y[others].T).mul_(scale)
         if gradients:
-            for weight, dz, z, own in ((of_b, da, x, a), (of_a, db, y, b)):
-                _add_product(dz[rows], weight, z[others])
+            for products, dz, z, own in ((of_b, da, x, a), (of_a, db, y, b)):
+                _add_product(dz[rows], products, z[others], 2 * weight * scale)
                 if symmetric:
-                    _add_product(dz[later], weight[:, rows.stop - rows.start :].T, own[rows])
+                    _add_product(dz[later], products[:, rows.stop - rows.start :].T, own[rows], 2 * weight * scale)
         products = of_a.mul_(of_b)
         total += products.sum()
         if symmetric:  # what lies above the diagonal stands for what lies below
             total += products[:, rows.stop - rows.start :].sum()
-    return total.to(accumulator(a)), da.mul_(2 * scale), db.mul_(2 * scale)
+    return total.to(accumulator(a)), da, db
 
 
 def _columns_reference(
-    x: Tensor, y: Tensor, diagonal: int, scale: float, gradients: bool
+    x: Tensor, y: Tensor, on_diagonal: Tensor | None, diagonal: int, scale: float, weight: float, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, y = _operand(x), _operand(y)
-    total, (dx, dy) = torch.zeros((), dtype=torch.float64, device=x.device), _gradients_like(gradients, x, y)
+    total, paired = torch.zeros((), dtype=torch.float64, device=x.device), slice(diagonal, diagonal + x.shape[1])
+    dx, dy = of_diagonal(x, y[:, paired], on_diagonal, gradients), of_diagonal(y, y, None, gradients)
+    if on_diagonal is not None:
+        dy[:, paired] = x * on_diagonal
     for columns in _pieces(x.shape[1], y.shape[1]):
         C = _product(x[:, columns].T, y).mul_(scale)
         C.diagonal(columns.start + diagonal).zero_()
         if gradients:
-            _add_product(dx[:, columns].T, C, y.T)
-            _add_product(dy.T, C.T, x[:, columns].T)
+            _add_product(dx[:, columns].T, C, y.T, 2 * weight * scale)
+            _add_product(dy.T, C.T, x[:, columns].T, 2 * weight * scale)
         total += C.mul_(C).sum()
-    return total.to(accumulator(x)), dx.mul_(2 * scale), dy.mul_(2 * scale)
+    return total.to(accumulator(x)), dx, dy
 
 
 def _fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,19 +124,23 @@ def _fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty((), dtype=accumulator(x)), like[0], like[1]
 
 
-# ---- operators: one backend each, as they are products alone. The sum of squares, and with `gradients` those of it
+# ---- operators: the sum of squares, and with `gradients` those of `weight` times it and of C's diagonal, whose entry d
+# has the derivative on_diagonal[d] / scale
 
 barlow_twins_rows = Op(
-    "barlow_twins_rows(Tensor a, Tensor b, Tensor? x, Tensor? y, float scale, bool gradients) "
-    "-> (Tensor, Tensor, Tensor)",
+    "barlow_twins_rows(Tensor a, Tensor b, Tensor? x, Tensor? y, Tensor? on_diagonal, float scale, float weight, "
+    "bool gradients) -> (Tensor, Tensor, Tensor)",
     _rows_reference,
     fake=_fake,
+    triton="ssl_fast.kernels.barlow_twins:barlow_twins_rows",
     decides="a",
 )
 barlow_twins_columns = Op(
-    "barlow_twins_columns(Tensor x, Tensor y, int diagonal, float scale, bool gradients) -> (Tensor, Tensor, Tensor)",
+    "barlow_twins_columns(Tensor x, Tensor y, Tensor? on_diagonal, int diagonal, float scale, float weight, "
+    "bool gradients) -> (Tensor, Tensor, Tensor)",
     _columns_reference,
     fake=_fake,
+    triton="ssl_fast.kernels.barlow_twins:barlow_twins_columns",
     decides="x",
 )
 
@@ -139,16 +159,27 @@ class _BarlowTwins(torch.autograd.Function):
         diagonal = a.new_zeros(D, dtype=accumulator(a))
         for rows in _pieces(len(a), D):
             diagonal += (a[rows].to(diagonal.dtype) * b[rows]).sum(0)
-        if ranks is None:
-            columns = (a, b, 0, 1 / N, gradients)
-            rows_ = (a, b, None, None, 1 / N, gradients)
-            squares, da, db = barlow_twins_rows(*rows_) if by_rows else barlow_twins_columns(*columns)
+        if ranks is not None:
+            diagonal = ranks.all_reduce(diagonal)
+        diagonal = diagonal / N
+        on_diagonal = None
+        if gradients:
+            on_diagonal = 2 / N * (diagonal - 1 - (lambda_param * diagonal if by_rows else 0))
+        options = (1 / N, lambda_param, gradients)
+        if ranks is None and by_rows:
+            squares, da, db = barlow_twins_rows(a, b, None, None, on_diagonal, *options)
+        elif ranks is None:
+            squares, da, db = barlow_twins_columns(a, b, on_diagonal, 0, *options)
         elif by_rows:
-            squares, (da, db) = diagonal.new_zeros(()), _gradients_like(gradients, a, b)
+            squares, da, db = (
+                diagonal.new_zeros(()),
+                of_diagonal(a, b, None, gradients),
+                of_diagonal(b, a, None, gradients),
+            )
 
-            def visit(_: Any, x: Tensor, y: Tensor) -> list[Tensor]:
+            def visit(first: int | None, x: Tensor, y: Tensor) -> list[Tensor]:
                 if len(a) and len(x):
-                    parts = barlow_twins_rows(a, b, x, y, 1 / N, gradients)
+                    parts = barlow_twins_rows(a, b, x, y, None if first is None else on_diagonal, *options)
                     for whole, part in zip((squares, da, db), parts, strict=True):
                         whole.add_(part)
                 return []
@@ -156,21 +187,17 @@ class _BarlowTwins(torch.autograd.Function):
             ranks.meet([a, b], visit)
         else:
             own, x, y = _share(D, ranks), ranks.gather(a), ranks.gather(b)
-            squares, own_dx, dy = barlow_twins_columns(x[:, own], y, own.start, 1 / N, gradients)
+            on_own = None if on_diagonal is None else on_diagonal[own]
+            squares, own_dx, dy = barlow_twins_columns(x[:, own], y, on_own, own.start, *options)
             if gradients:
                 dx = torch.zeros(x.shape, dtype=dy.dtype, device=x.device)
                 dx[:, own] = own_dx
                 da, db = ranks.scatter_sum(dx), ranks.scatter_sum(dy)
         if ranks is not None:
-            *diagonal, squares = ranks.all_reduce(torch.cat([diagonal, squares[None]])).split([D, 1])
-            diagonal, squares = diagonal[0], squares[0]
-        diagonal = diagonal / N
+            squares = ranks.all_reduce(squares)
         if by_rows:
             squares = squares - diagonal.square().sum()
         if gradients:
-            on_diagonal = 2 * (diagonal - 1) - (2 * lambda_param * diagonal if by_rows else 0)
-            for dz, other in ((da, b), (db, a)):
-                dz.mul_(lambda_param).addcmul_(other.to(dz.dtype), on_diagonal / N)
             ctx.save_for_backward(da, db, a, b)  # the inputs for what would differentiate twice
             ctx.ranks = ranks
         return (1 - diagonal).square().sum() + lambda_param * squares

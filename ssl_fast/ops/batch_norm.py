@@ -64,6 +64,31 @@ def like(tensor: Tensor, x: Tensor) -> Tensor:
     return tensor if rows.is_contiguous() else torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
 
 
+# ---- what costs a small call as much as its arithmetic
+
+
+def records(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with tensors."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def shaped(gradient: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A gradient as its parameter is, which most are as they come."""
+    if gradient.shape == shape and gradient.dtype == dtype:
+        return gradient
+    return gradient.view(shape).to(dtype)
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """module.name; attributes that are not in a module's dictionary are slow to look up."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found  # of a parametrisation
+
+
 # ---- reference
 
 
@@ -75,7 +100,13 @@ def _channels(values: Tensor, x: Tensor) -> Tensor:
 
 def _splits(x: Tensor, count: int) -> Tensor:
     """(N, C, ...) as (count, N / count, C, ...), in the dtype of sums."""
-    return x.to(accumulator(x)).unflatten(0, (count, len(x) // count))
+    x = x.to(accumulator(x))
+    return x.unsqueeze(0) if count == 1 else x.unflatten(0, (count, len(x) // count))
+
+
+def _whole(xs: Tensor) -> Tensor:
+    """What _splits made, as one batch. Neither fixes the size of a traced batch, unless there are parts."""
+    return xs.squeeze(0) if len(xs) == 1 else xs.flatten(0, 1)
 
 
 def _reduced(x: Tensor) -> list[int]:
@@ -204,9 +235,10 @@ def _fwd_reference(
         stats = own = _statistics(
             x, running_mean, running_var, num_batches_tracked, training, momentum, eps, num_splits
         )  # fmt: skip
-    u = _pre_activation(x, residual, weight, bias, stats).flatten(0, 1)
+    u = _whole(_pre_activation(x, residual, weight, bias, stats))
     mask = _pack(~(u <= 0), x) if keep_mask else x.new_empty(0, dtype=torch.uint8)
-    return torch.empty_like(x).copy_(_activate(u, activation)), own, mask
+    y = like(_activate(u, activation).to(x.dtype), x)
+    return y.clone() if y._is_view() else y, own, mask  # which may be written over, as F.relu(inplace=True) does
 
 
 def _inplace_reference(x: Tensor, *arguments: Any) -> None:
@@ -383,13 +415,13 @@ class _BatchNorm(torch.autograd.Function):
         num_splits: int,
         activation: int,
     ) -> Tensor:
-        ctx.backend = batch_norm_fwd.backend_for(x)
+        ctx.backend, forward = batch_norm_fwd.chosen(x)
         ctx.training, ctx.eps, ctx.activation = training, eps, activation
         ctx.bias_dtype = None if bias is None else bias.dtype
         keep_mask = residual is not None and activation in BY_SIGN
-        y, stats, mask = batch_norm_fwd(
+        y, stats, mask = forward(
             x, residual, weight, bias, running_mean, running_var, num_batches_tracked, None, training, momentum, eps,
-            num_splits, activation, keep_mask, backend=ctx.backend,
+            num_splits, activation, keep_mask,
         )  # fmt: skip
         ctx.save_for_backward(
             x,
@@ -419,8 +451,8 @@ class _BatchNorm(torch.autograd.Function):
         return (
             dx if need_dx else None,
             (dresidual if through else dy) if need_dresidual else None,
-            dweight.to(weight.dtype) if need_dweight else None,
-            dbias.to(ctx.bias_dtype) if need_dbias else None,
+            shaped(dweight, weight.shape, weight.dtype) if need_dweight else None,
+            shaped(dbias, dbias.shape, ctx.bias_dtype) if need_dbias else None,
             *(None,) * 8,
         )
 
@@ -485,8 +517,8 @@ def batch_norm(
         y = batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_splits=num_splits,
                        num_batches_tracked=num_batches_tracked)  # fmt: skip
         return _activate(y + residual, code)
-    records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
-    if inplace and records:
+    recorded = records(x, residual, weight, bias)
+    if inplace and recorded:
         raise ValueError("inplace: got True where a gradient is recorded, allowed: True under torch.no_grad() alone")
     if inplace and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
         raise ValueError("x: got an expanded tensor, allowed with inplace=True: one whose elements are each its own")
@@ -507,11 +539,11 @@ def batch_norm(
     elif inplace:
         batch_norm_inplace(x, *arguments, None, *options)
         y = there if there is x else there.copy_(x)
-    elif records:
+    elif recorded:
         y = _BatchNorm.apply(x, *arguments, *options)
     else:
         y = batch_norm_fwd(x, *arguments, None, *options, False)[0]
-    if not torch.compiler.is_compiling():  # a graph that holds the old values must notice
+    if (training or inplace) and not torch.compiler.is_compiling():  # a graph that holds the old values must notice
         changed = [x] if inplace else []
         changed += [t for t in (*running, num_batches_tracked) if t is not None and training]
         torch.autograd.graph.increment_version(changed)
@@ -541,7 +573,7 @@ def _check(
         raise TypeError(f"x: got {x.dtype}, allowed: float16, bfloat16, float32, float64; convert with x.float()")
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, allowed: (N, C) or (N, C, ...)")
-    N, C = x.shape[:2]
+    N, C, *_ = x.shape
     named = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
     for name, tensor in named:
         if tensor is None:
@@ -583,7 +615,7 @@ def _check(
             raise ValueError(
                 "momentum: got None without num_batches_tracked, allowed: a number, or None with that count"
             )
-    elif not isinstance(momentum, numbers.Real):
+    elif not isinstance(momentum, (float, numbers.Real)):
         raise TypeError(f"momentum: got {type(momentum).__name__}, allowed: a number such as 0.1, or None")
     if not isinstance(num_splits, int) or num_splits < 1 or N % num_splits:
         raise ValueError(f"num_splits: got {num_splits!r}, allowed: a divisor of the batch, {N}")
@@ -703,8 +735,8 @@ class _Fused(FusedNorm, nn.modules.batchnorm._BatchNorm):
             input,
             mean if updates else None,
             var if updates else None,
-            self.weight,
-            self.bias,
+            parameter(self, "weight"),
+            parameter(self, "bias"),
             batch,
             self.momentum,
             self.eps,

@@ -282,6 +282,7 @@ class EMA(nn.Module):
         self.buffer_rule, self.rounding = buffers, rounding
         if any(is_lazy(t) for t in _present(model)):
             raise ValueError("model: got parameters that are not initialised, allowed: initialised ones; run a batch")
+        _refuse_shards(model)
         self._masks = _not_finite(model)
         try:
             self.module = copy.deepcopy(model).requires_grad_(False)
@@ -349,6 +350,8 @@ class EMA(nn.Module):
     def _match(self, model: nn.Module) -> None:
         """Pair the tensors by name: 16-bit ones with a master first, then the other averaged ones, then the copied."""
         self._key = None  # should the models not match, nothing of this is used
+        for module in (self.module, model):
+            _refuse_shards(module)
         averaged, copied = self._roles(self.module)
         pairs = _by_name(self._SIDES, "parameter", dict(self.module.named_parameters()), dict(model.named_parameters()))
         if self.buffer_rule != "none":
@@ -439,6 +442,15 @@ def _not_finite(module: nn.Module) -> set[str]:
         return set()
     buffers = [(n, b) for n, b in module.named_buffers() if b.is_floating_point() and not b.is_meta]
     return {name for name, buffer in buffers if not buffer.isfinite().all()}
+
+
+def _refuse_shards(module: nn.Module) -> None:
+    if any(hasattr(t, "full_tensor") for t in _present(module)):  # a DTensor, whose import takes long
+        raise ValueError(
+            "model: got parameters that fully_shard has split between processes, allowed: whole ones, as under "
+            "DistributedDataParallel; shard a copy alike, and call ema_update_ on p.detach().to_local() of the "
+            "parameters of both"
+        )
 
 
 def _present(module: nn.Module) -> list[Tensor]:

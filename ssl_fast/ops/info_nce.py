@@ -1,4 +1,4 @@
-"""Contrastive losses between two sets of rows, without their similarity matrix: InfoNCE, CLIP, SupCon.
+"""Contrastive losses between two sets of rows, without their similarity matrix: the operators, and InfoNCE.
 
 x (N, D) meets y (K, D), unit rows where normalize; s_ij = x_i . y_j. What every loss here needs is
 
@@ -9,7 +9,8 @@ and the same over the rows of a column. A column is left out where j = i + diago
 so positives and false negatives never enter a matrix product, where their weights would be rounded to 16 bits.
 
 An lse is kept as its largest similarity, the shift, and log_sum, so that P = exp((s - shift) / t - log_sum) has its
-digits where logits are large. docs/kernels.md has the arithmetic of every backend.
+digits where logits are large. docs/kernels.md has the arithmetic of every backend. _info_nce_clip.py has CLIP, and
+_info_nce_sup_con.py the losses of rows against each other.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ssl_fast._distributed import Ranks, Strategy, count_processes, processes, share
+from ssl_fast._distributed import Ranks, Strategy, processes, share
 from ssl_fast._op import HALF_AND_FLOAT, Op
 from ssl_fast.ops import _losses
 from ssl_fast.ops._losses import Reduction, accumulator, differentiable_once, positive, tangent, to_rows
@@ -29,31 +29,24 @@ from ssl_fast.ops._losses import Reduction, accumulator, differentiable_once, po
 # ---- reference: the definition, and the fallback on any device
 
 
-def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of x's rows with their similarities (B, K). A block holds about as many numbers as y: memory is O(K D)."""
+def _blocks(
+    x: Tensor, y: Tensor, x_ids: Tensor | None, y_ids: Tensor | None, diagonal: int | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of x's rows with their similarities (B, K), -inf where a column is left out. A block holds about as many
+    numbers as y: memory is O(K D)."""
     size = max(16, min(1024, y.shape[1] * 2))
     for start in range(0, len(x), size):
         block = slice(start, min(start + size, len(x)))
-        yield block, x[block] @ y.T
+        s = x[block] @ y.T
+        if x_ids is not None and y_ids is not None:
+            s.masked_fill_(x_ids[block, None] == y_ids, -torch.inf)
+        if diagonal is not None:
+            s.diagonal(start + diagonal).fill_(-torch.inf)
+        yield block, s
 
 
-def _left_out(
-    block: slice, columns: int, x_ids: Tensor | None, y_ids: Tensor | None, diagonal: int | None, device: torch.device
-) -> Any:
-    """(B, K), True where row i may not see column j; None where it sees all."""
-    mask = None
-    if diagonal is not None:
-        i = torch.arange(block.start, block.stop, device=device)[:, None]
-        mask = torch.arange(columns, device=device) == i + diagonal
-    if x_ids is not None and y_ids is not None:
-        same = x_ids[block, None] == y_ids
-        mask = same if mask is None else mask | same
-    return mask
-
-
-def _add_stats(stats: Tensor, s: Tensor, t: Tensor, mask: Tensor | None) -> None:
+def _add_stats(stats: Tensor, s: Tensor, t: Tensor) -> None:
     """Merge columns s (B, K) into the stats (4, B) of its rows: lse, shift, log_sum, mean."""
-    s = s if mask is None else s.masked_fill(mask, -torch.inf)
     shift = torch.maximum(stats[1], s.amax(1))
     finite = torch.where(shift == -torch.inf, 0, shift)
     e = torch.exp((s - finite[:, None]) / t)
@@ -85,19 +78,17 @@ def _fwd_reference(
 ) -> tuple[Tensor, Tensor]:
     x, y, t = to_rows(x, normalize), to_rows(y, normalize), positive(temperature)
     of_rows, of_columns = _empty_stats(len(x), x), _empty_stats(len(y) if columns else 0, x)
-    for block, s in _blocks(x, y):
-        mask = _left_out(block, len(y), x_ids, y_ids, diagonal, x.device)
-        _add_stats(of_rows[:, block], s, t, mask)
+    for block, s in _blocks(x, y, x_ids, y_ids, diagonal):
+        _add_stats(of_rows[:, block], s, t)
         if columns:
-            _add_stats(of_columns, s.T, t, None if mask is None else mask.T)
+            _add_stats(of_columns, s.T, t)
     return of_rows, of_columns
 
 
-def _softmax(s: Tensor, t: Tensor, stats: Tensor, mask: Tensor | None) -> Tensor:
+def _softmax(s: Tensor, t: Tensor, stats: Tensor) -> Tensor:
     """P (B, K) from its rows' stats; rows that see nothing are zero."""
     shift = torch.where(stats[1] == -torch.inf, 0, stats[1])
-    P = torch.exp((s - shift[:, None]) / t - stats[2][:, None])
-    return P if mask is None else P.masked_fill(mask, 0)
+    return torch.exp((s - shift[:, None]) / t - stats[2][:, None]).masked_fill(s == -torch.inf, 0)
 
 
 def _bwd_reference(
@@ -115,11 +106,10 @@ def _bwd_reference(
 ) -> tuple[Tensor, Tensor]:
     xhat, yhat, t = to_rows(x, normalize), to_rows(y, normalize), positive(temperature)
     dx, dy = torch.empty_like(xhat), torch.zeros_like(yhat)
-    for block, s in _blocks(xhat, yhat):
-        mask = _left_out(block, len(y), x_ids, y_ids, diagonal, x.device)
-        weight = grad_lse[block, None] * _softmax(s, t, of_rows[:, block], mask)
+    for block, s in _blocks(xhat, yhat, x_ids, y_ids, diagonal):
+        weight = grad_lse[block, None] * _softmax(s, t, of_rows[:, block])
         if grad_column_lse is not None:
-            weight += (grad_column_lse[:, None] * _softmax(s.T, t, of_columns, None if mask is None else mask.T)).T
+            weight += (grad_column_lse[:, None] * _softmax(s.T, t, of_columns)).T
         dx[block] = weight @ yhat / t
         dy += weight.T @ xhat[block] / t
     if normalize:
@@ -138,54 +128,10 @@ def _one_pass_reference(
 ) -> tuple[Tensor, Tensor]:
     xhat, yhat, t = to_rows(x, normalize), to_rows(y, normalize), positive(temperature)
     stats, out = _empty_stats(len(x), xhat), torch.empty_like(xhat)
-    for block, s in _blocks(xhat, yhat):
-        mask = _left_out(block, len(y), x_ids, y_ids, diagonal, x.device)
-        _add_stats(stats[:, block], s, t, mask)
-        out[block] = _softmax(s, t, stats[:, block], mask) @ yhat
+    for block, s in _blocks(xhat, yhat, x_ids, y_ids, diagonal):
+        _add_stats(stats[:, block], s, t)
+        out[block] = _softmax(s, t, stats[:, block]) @ yhat
     return stats, out
-
-
-def _sup_con_fwd_reference(
-    z: Tensor, labels: Tensor | None, ids: Tensor | None, temperature: Tensor, normalize: bool
-) -> Tensor:
-    if labels is not None and ids is not None:
-        raise ValueError("sup_con: got labels and ids, allowed: one of them")
-    z, t = to_rows(z, normalize), positive(temperature)
-    stats = torch.cat([_empty_stats(len(z), z), z.new_zeros(2, len(z))])
-    for block, s in _blocks(z, z):
-        left_out = _left_out(block, len(z), ids, ids, 0, z.device)
-        _add_stats(stats[:4, block], s, t, left_out)
-        if labels is None:
-            continue
-        alike = (labels[block, None] == labels) & ~left_out
-        stats[4, block] = s.masked_fill(~alike, 0).sum(1)
-        stats[5, block] = alike.sum(1).to(s.dtype)
-    return stats
-
-
-def _sup_con_bwd_reference(
-    grad_lse: Tensor,
-    grad_positives: Tensor | None,
-    z: Tensor,
-    labels: Tensor | None,
-    ids: Tensor | None,
-    temperature: Tensor,
-    stats: Tensor,
-    normalize: bool,
-) -> Tensor:
-    zhat, t = to_rows(z, normalize), positive(temperature)
-    dz = torch.empty_like(zhat)
-    for block, s in _blocks(zhat, zhat):
-        left_out = _left_out(block, len(z), ids, ids, 0, z.device)
-        # One weight for both roles of z_j, the positives' own term in it: subtracted later, it would have to cancel.
-        weight = grad_lse[block, None] * _softmax(s, t, stats[:, block], left_out)
-        weight += (grad_lse[:, None] * _softmax(s.T, t, stats, left_out.T)).T
-        weight /= t
-        if labels is not None and grad_positives is not None:
-            alike = (labels[block, None] == labels).masked_fill(left_out, False)
-            weight += alike * (grad_positives[block, None] + grad_positives)
-        dz[block] = weight @ zhat
-    return (tangent(dz, zhat, z) if normalize else dz).to(z.dtype)
 
 
 # ---- shapes
@@ -235,23 +181,6 @@ info_nce_one_pass = Op(
     triton="ssl_fast.kernels.info_nce:info_nce_one_pass",
     decides="x",
 )
-sup_con_fwd = Op(
-    "sup_con_fwd(Tensor z, Tensor? labels, Tensor? ids, Tensor temperature, bool normalize) -> Tensor",
-    _sup_con_fwd_reference,
-    fake=lambda z, *_: z.new_empty(6, z.shape[0], dtype=accumulator(z)),
-    native={"cpu": HALF_AND_FLOAT},
-    triton="ssl_fast.kernels.info_nce:sup_con_fwd",
-    decides="z",
-)
-sup_con_bwd = Op(
-    "sup_con_bwd(Tensor grad_lse, Tensor? grad_positives, Tensor z, Tensor? labels, Tensor? ids, Tensor temperature, "
-    "Tensor stats, bool normalize) -> Tensor",
-    _sup_con_bwd_reference,
-    fake=lambda grad_lse, grad_positives, z, *_: z.new_empty(z.shape),
-    native={"cpu": HALF_AND_FLOAT},
-    triton="ssl_fast.kernels.info_nce:sup_con_bwd",
-    decides="z",
-)
 
 
 # ---- autograd
@@ -276,9 +205,9 @@ class _LogSumExp(torch.autograd.Function):
         columns: bool,
         pairs: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.backend = info_nce_fwd.backend_for(x)
+        ctx.backend, forward = info_nce_fwd.chosen(x)
         ctx.diagonal, ctx.normalize, ctx.columns, ctx.pairs = diagonal, normalize, columns, pairs
-        stats = info_nce_fwd(x, y, temperature, x_ids, y_ids, diagonal, normalize, columns, backend=ctx.backend)
+        stats = forward(x, y, temperature, x_ids, y_ids, diagonal, normalize, columns)
         pos = (to_rows(x, normalize) * to_rows(y, normalize)).sum(1) if pairs else stats[0].new_empty(0)
         ctx.save_for_backward(x, y, temperature, x_ids, y_ids, *stats, pos)
         ctx.set_materialize_grads(False)
@@ -358,35 +287,6 @@ class _OnePass(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dt = -(grad_lse * stats[3]).sum() / temperature**2
         return dx, None, dt, None, None, None, None
-
-
-class _SupCon(torch.autograd.Function):
-    """lse over the other rows of z whose ids differ, (M,), and over those of equal labels the sum of the similarities,
-    (M,), and their number."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, labels: Tensor | None, ids: Tensor | None, temperature: Tensor, normalize: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.backend = sup_con_fwd.backend_for(z)
-        ctx.normalize = normalize
-        stats = sup_con_fwd(z, labels, ids, temperature, normalize, backend=ctx.backend)
-        ctx.save_for_backward(z, labels, ids, temperature, stats)
-        lse, positives, count = stats[0].clone(), stats[4].clone(), stats[5].clone()
-        ctx.mark_non_differentiable(count)
-        return lse, positives, count
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_lse: Tensor, grad_positives: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        z, labels, ids, temperature, stats = ctx.saved_tensors
-        dz = dt = None
-        if ctx.needs_input_grad[0]:
-            h = None if labels is None else grad_positives
-            dz = sup_con_bwd(grad_lse, h, z, labels, ids, temperature, stats, ctx.normalize, backend=ctx.backend)
-        if ctx.needs_input_grad[3]:
-            dt = -(grad_lse * stats[3]).sum() / temperature**2
-        return dz, None, None, dt, None
 
 
 # ---- autograd over the ranks of a process group
@@ -478,135 +378,6 @@ class _AcrossRanks(torch.autograd.Function):
         return dx.to(x.dtype), dy, dt, None, None, None, None, None, None
 
 
-class _RingOfOthers(torch.autograd.Function):
-    """lse of this rank's z against the other rows of every rank whose ids differ. S is symmetric, so that half a turn
-    of the ring meets each pair of ranks once; of two that face each other each takes half of the first one's rows."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, ids: Tensor | None, temperature: Tensor, normalize: bool, ranks: Ranks) -> Tensor:
-        ctx.backend = sup_con_fwd.backend_for(z)
-        ctx.normalize, ctx.ranks = normalize, ranks
-        t = positive(temperature)
-        of_rows = _empty_stats(len(z), t)
-
-        def visit(ahead: int, y: Tensor, y_ids: Tensor | None) -> list[Tensor]:
-            of_y = _empty_stats(len(y), t)
-            if not ahead:
-                if len(z):
-                    of_rows.copy_(sup_con_fwd(z, None, ids, temperature, normalize, backend=ctx.backend)[:4])
-                return [of_y.T]
-            rows, columns = _half(ranks, ahead)
-            if len(z[rows]) and len(y[columns]):
-                of_x, of_y[:, columns] = info_nce_fwd(
-                    z[rows], y[columns], temperature, *_of(ids, rows, y_ids, columns), None, normalize, True,
-                    backend=ctx.backend,
-                )  # fmt: skip
-                of_rows[:, rows] = _merge_stats(of_rows[:, rows], of_x, t)
-            return [of_y.T]
-
-        (owed,) = ranks.ring([z, ids], visit, _merge_columns(t), ranks.world // 2 + 1)
-        of_rows = _merge_stats(of_rows, owed.T, t)
-        ctx.save_for_backward(z, ids, temperature, of_rows)
-        return of_rows[0].clone()
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        z, ids, temperature, of_rows = ctx.saved_tensors
-        dz = z.new_zeros(z.shape, dtype=accumulator(z))
-
-        def visit(ahead: int, y: Tensor, y_ids: Tensor | None, g: Tensor, stats: Tensor) -> list[Tensor]:
-            dy = y.new_zeros(y.shape, dtype=dz.dtype)
-            if not ahead:
-                if len(z):
-                    padded = F.pad(of_rows, (0, 0, 0, 2))
-                    dz.add_(sup_con_bwd(g, None, z, None, ids, temperature, padded, ctx.normalize, backend=ctx.backend))
-                return [dy]
-            rows, columns = _half(ctx.ranks, ahead)
-            if len(z[rows]) and len(y[columns]):
-                of_x, of_y = of_rows[:, rows].contiguous(), stats[columns].T.contiguous()
-                dx, dy[columns] = info_nce_bwd(
-                    grad_lse[rows], g[columns], z[rows], y[columns], temperature, of_x, of_y,
-                    *_of(ids, rows, y_ids, columns), None, ctx.normalize, backend=ctx.backend,
-                )  # fmt: skip
-                dz[rows] += dx
-            return [dy]
-
-        if ctx.needs_input_grad[0]:
-            (owed,) = ctx.ranks.ring([z, ids, grad_lse, of_rows.T], visit, None, ctx.ranks.world // 2 + 1)
-            dz += owed
-        dt = -(grad_lse * of_rows[3]).sum() / temperature**2
-        return dz.to(z.dtype), None, dt, None, None
-
-
-def _half(ranks: Ranks, ahead: int) -> tuple[slice, slice]:
-    """Which of this rank's rows meet which of those of the rank so far ahead."""
-    rows, columns = slice(None), slice(None)
-    if 2 * ahead == ranks.world:  # the other one meets this one too
-        if ranks.rank < ahead:
-            rows = slice(ranks.counts[ranks.rank] // 2)
-        else:
-            columns = slice(ranks.counts[ranks.rank - ahead] // 2, None)
-    return rows, columns
-
-
-def _of(ids: Tensor | None, rows: slice, y_ids: Tensor | None, columns: slice) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if ids is None or y_ids is None else (ids[rows], y_ids[columns])
-
-
-class _SumsOfLabel(torch.autograd.Function):
-    """(N, D), for each row the sum of the rows, of all ranks, of its label; their number, (N,). A symmetric operator:
-    its backward is itself."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, labels: Tensor, ranks: Ranks | None) -> tuple[Tensor, Tensor]:
-        ctx.labels, ctx.ranks = labels, ranks
-        sums, count = torch.zeros_like(z), z.new_zeros(len(z))
-
-        def visit(_: Any, y: Tensor, y_labels: Tensor) -> list[Tensor]:
-            if len(z) and len(y):
-                sums.add_(_sums_of_label(labels, y, y_labels))
-                count.add_(matches(labels, y_labels))
-            return []
-
-        if ranks is None:
-            visit(None, z, labels)
-        else:
-            ranks.meet([z, labels], visit)
-        ctx.mark_non_differentiable(count)
-        return sums, count
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        return _SumsOfLabel.apply(grad, ctx.labels, ctx.ranks)[0], None, None
-
-
-def _sums_of_label(labels: Tensor, y: Tensor, y_labels: Tensor) -> Tensor:
-    """(N, D), for each label the sum of the rows of y (K, D) that have it, in K D and a fixed order."""
-    ordered, order = y_labels.sort(stable=True)
-    counts = matches(ordered, ordered)
-    firsts = torch.searchsorted(ordered, ordered) == torch.arange(len(y), device=y.device)
-    sums = torch.segment_reduce(y[order], "sum", lengths=counts * firsts)  # empty but where a label begins
-    at = torch.searchsorted(ordered, labels).clamp(max=len(y) - 1)
-    return torch.where((ordered[at] == labels)[:, None], sums[at], 0)
-
-
-# ---- the log-sum-exps that losses ask for
-
-
-def log_sum_exp_of_others(
-    z: Tensor, ids: Tensor | None, temperature: Tensor, *, normalize: bool = True, ranks: Ranks | None = None
-) -> Tensor:
-    """(M,) log of the sum of exp(z_i . z_j / t) over the rows j, on all ranks, whose ids differ from row i's; None:
-    over all but i. S is symmetric."""
-    if ranks is None:
-        return _SupCon.apply(z, None, ids, temperature, normalize)[0]
-    if ranks.strategy == "ring":
-        return _RingOfOthers.apply(z, ids, temperature, normalize, ranks)
-    return _AcrossRanks.apply(z, z, temperature, ids, ids, ids is None, normalize, False, ranks)[0]
-
-
 def log_sum_exp(
     x: Tensor,
     y: Tensor,
@@ -627,7 +398,7 @@ def log_sum_exp(
     return _LogSumExp.apply(x, y, temperature, x_ids, y_ids, diagonal, normalize, False, False)[0]
 
 
-# ---- InfoNCE
+# ---- function
 
 
 def info_nce(
@@ -789,6 +560,9 @@ def matches(ids: Tensor, others: Tensor) -> Tensor:
     return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
 
 
+# ---- module
+
+
 class InfoNCE(nn.Module):
     """InfoNCE as a module; a drop-in for info_nce.InfoNCE of info-nce-pytorch without its similarity matrix.
 
@@ -840,287 +614,3 @@ class InfoNCE(nn.Module):
             f"temperature={'learned' if isinstance(t, nn.Parameter) else t}, reduction={self.reduction!r}, "
             f"negative_mode={self.negative_mode!r}"
         )
-
-
-# ---- CLIP
-
-
-def clip(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: float | Tensor,
-    logit_bias: Tensor | None = None,
-    *,
-    normalize: bool = False,
-    reduction: Reduction = "mean",
-    return_lse: bool = False,
-    label_smoothing: float = 0.0,
-    decoupled: bool = False,
-    tau_plus: float = 0.0,
-    group_ids: Tensor | None = None,
-    sample_weight: Tensor | None = None,
-    gather_distributed: bool = False,
-    group: Any = None,
-    strategy: Strategy = "gather",
-) -> Any:
-    """The loss of CLIP (Radford et al. 2021, arXiv 2103.00020, figure 3), both directions from each tile.
-
-    Equivalent to:
-        logits = logit_scale * image_features @ text_features.T + logit_bias; labels = torch.arange(N)
-        (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-    Args:
-        image_features, text_features: (N, D), fp16, bf16, fp32 or fp64, any strides; row i of each: one pair.
-        logit_scale: 1 / temperature: a float above 0, or a tensor of one element, which gets a gradient.
-        logit_bias: a number added to every logit, which a softmax does not see: its gradient is zero.
-        normalize: divide every row by its L2 norm first. False, as in open_clip, whose models normalise.
-        reduction: "mean" and "sum" give a scalar, "none" the mean of both directions of each pair, (N,).
-        return_lse: also return the (2, N) log-sum-exp of the logits of each image and of each text, the positive's
-            included and logit_bias left out.
-        label_smoothing, decoupled, tau_plus, group_ids, sample_weight: as in `info_nce`, in both directions; pairs of
-            a group are no negatives of each other.
-        gather_distributed, group, strategy: as in `nt_xent`.
-
-    Returns:
-        The loss in fp32 (fp64 for fp64), or (loss, lse).
-
-    Raises:
-        ValueError, TypeError: naming the argument, for shapes, dtypes or combinations that do not fit.
-
-    Example:
-        >>> loss = clip(image_features, text_features, model.logit_scale.exp())
-    """
-    group = processes(gather_distributed, group, strategy)
-    image, text = _losses.check_embeddings(
-        "image_features", image_features, "text_features", text_features, empty=group is not None
-    )
-    N = len(image)
-    _losses.check_options(reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, group_ids=group_ids)
-    group_ids = _losses.check_per_row("group_ids", group_ids, N, image.device, integer=True)
-    _losses.check_per_row("sample_weight", sample_weight, N, image.device, integer=False)
-    t = _losses.check_temperature(_inverse(logit_scale, image), image)
-
-    ranks = share(image, group, strategy)
-    if ranks is None:
-        *lses, pos = _LogSumExp.apply(image, text, t, group_ids, group_ids, 0, normalize, True, True)
-    else:
-        lses = _AcrossRanks.apply(image, text, t, group_ids, group_ids, True, normalize, True, ranks)
-        pos = (to_rows(image, normalize) * to_rows(text, normalize)).sum(1)
-    others: int | Tensor = (N if ranks is None else ranks.total) - 1
-    if group_ids is not None and tau_plus:
-        alike = matches(group_ids, group_ids if ranks is None else ranks.gather(group_ids))
-        others = others + 1 - alike
-    losses = []
-    for lse, queries, keys in zip(lses, (image, text), (text, image), strict=True):
-        negative_sum = None
-        if label_smoothing:
-            everyone = _losses.total(to_rows(keys, normalize).sum(0), ranks)
-            negative_sum = (to_rows(queries, normalize) * everyone).sum(1) - pos
-        losses.append(
-            _losses.row_loss(
-                lse - pos / positive(t),
-                pos,
-                temperature=t,
-                negatives=others,
-                decoupled=decoupled,
-                tau_plus=tau_plus,
-                label_smoothing=label_smoothing,
-                negative_sum=negative_sum,
-            )  # fmt: skip
-        )
-    loss = (losses[0] + losses[1]) / 2
-    if logit_bias is not None:
-        loss = loss + 0 * torch.as_tensor(logit_bias, dtype=loss.dtype, device=loss.device).reshape(())
-    loss = _losses.reduce(loss, reduction, sample_weight, ranks)
-    return (loss, torch.logaddexp(torch.stack(tuple(lses)), pos / positive(t))) if return_lse else loss
-
-
-def _inverse(logit_scale: float | Tensor, z: Tensor) -> float | Tensor:
-    if isinstance(logit_scale, Tensor):
-        if logit_scale.numel() != 1:
-            raise ValueError(f"logit_scale: got shape {tuple(logit_scale.shape)}, allowed: a tensor of one element")
-        return logit_scale.to(accumulator(z)).reciprocal()
-    if isinstance(logit_scale, bool) or not isinstance(logit_scale, (int, float)) or not 1e-30 < logit_scale < 1e30:
-        raise ValueError(f"logit_scale: got {logit_scale!r}, allowed: a float above 0, such as 1 / 0.07")
-    return 1 / logit_scale
-
-
-class CLIPLoss(nn.Module):
-    """The loss of CLIP as a module; a drop-in for open_clip.ClipLoss without its two similarity matrices.
-
-    Equivalent to: open_clip.ClipLoss()(image_features, text_features, logit_scale).
-
-    Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: in open_clip's places. The first
-            three change how open_clip computes; here the result is exact whatever they say. world_size: above 1 as
-            gather_distributed=True over so many processes. use_horovod: False.
-        options: keyword arguments of `ssl_fast.functional.clip`.
-
-    Shape:
-        image_features, text_features: (N, D), normalised by the caller; logit_scale a scalar, already exponentiated.
-
-    Example:
-        >>> loss = CLIPLoss()(image_features, text_features, model.logit_scale.exp())
-    """
-
-    def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        if use_horovod:
-            raise ValueError("use_horovod: got True, allowed: False; processes are those of torch.distributed")
-        if world_size > 1:
-            options = {"gather_distributed": True, **options}
-        self.world_size = world_size
-        self.options = options
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: float | Tensor,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-        **per_call: Any,
-    ) -> Any:
-        options = {**self.options, **per_call}
-        if self.world_size > 1 and self.world_size != (there := count_processes(options.get("group"))):
-            raise ValueError(
-                f"world_size: got {self.world_size}, allowed: {there}, the processes of the group; call "
-                "torch.distributed.init_process_group first"
-            )
-        loss = clip(image_features, text_features, logit_scale, logit_bias, **options)
-        return {"contrastive_loss": loss} if output_dict else loss
-
-
-# ---- SupCon
-
-
-def sup_con(
-    embeddings: Tensor,
-    labels: Tensor | None = None,
-    temperature: float | Tensor = 0.1,
-    *,
-    normalize: bool = True,
-    reduction: Reduction = "mean",
-    return_lse: bool = False,
-    decoupled: bool = False,
-    sample_weight: Tensor | None = None,
-    gather_distributed: bool = False,
-    group: Any = None,
-    strategy: Strategy = "gather",
-) -> Any:
-    """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, equation 2), in O(M D) memory.
-
-    Rows of one label are each other's positives, all other rows the negatives; a row is never its own.
-    Equivalent to:
-        z = F.normalize(embeddings); logits = (z @ z.T / temperature).fill_diagonal_(-inf)
-        alike = (labels[:, None] == labels).fill_diagonal_(False)
-        loss = -(logits.log_softmax(1).masked_fill(~alike, 0).sum(1) / alike.sum(1))[alike.any(1)].mean()
-
-    Args:
-        embeddings: (M, D), or (N, V, D) for V views of N images, fp16, bf16, fp32 or fp64, any strides.
-        labels: (M,) or (N,) integers. None with (N, V, D): the views of an image are its positives, as in SimCLR.
-        temperature: a float above 0, or a tensor of one element, which gets a gradient.
-        normalize: divide each row by its L2 norm, as F.normalize.
-        reduction: "mean" over the rows that have a positive, and "sum", give a scalar; "none" (M,) or (N, V), with 0
-            where a row has no positive.
-        return_lse: also return the log-sum-exp over the denominators, in the shape of reduction "none".
-        decoupled: leave every positive out of the denominators, which then run over the negatives alone (DCL, arXiv
-            2110.06848, of several positives); rows without a negative have no loss.
-        sample_weight: (M,) or (N,) weights of the rows or images; the mean becomes the weighted one.
-        gather_distributed, group, strategy: as in `nt_xent`. labels mean the same on every process.
-
-    Returns:
-        The loss in fp32 (fp64 for fp64), or (loss, lse). Without any positive the loss is 0.
-
-    Raises:
-        ValueError, TypeError: naming the argument, for shapes or dtypes that do not fit.
-
-    Example:
-        >>> loss = sup_con(model(images), labels, temperature=0.1)
-    """
-    group = processes(gather_distributed, group, strategy)
-    views, of_images = 1, labels is None
-    if isinstance(embeddings, Tensor) and embeddings.dim() == 3:
-        N, views = embeddings.shape[:2]
-        if labels is None:
-            labels = torch.arange(N, device=embeddings.device)
-    z = (
-        embeddings.flatten(0, 1)
-        if views > 1 or (isinstance(embeddings, Tensor) and embeddings.dim() == 3)
-        else embeddings
-    )
-    z, _ = _losses.check_embeddings("embeddings", z, "embeddings", z, empty=group is not None)
-    images = len(z) // views
-    t = _losses.check_temperature(temperature, z)
-    _losses.check_options(reduction)
-    labels = _losses.check_per_row("labels", labels, images, z.device, integer=True)
-    if labels is None:
-        raise ValueError("labels: got None with embeddings (M, D), allowed: (M,) integers, or embeddings (N, V, D)")
-    _losses.check_per_row("sample_weight", sample_weight, images, z.device, integer=False)
-    if views > 1:
-        labels = labels.repeat_interleave(views)
-        sample_weight = None if sample_weight is None else sample_weight.repeat_interleave(views)
-
-    ranks = share(z, group, strategy)
-    if of_images and ranks is not None:
-        labels = labels + ranks.first // views
-    if ranks is None and not decoupled:
-        lse, positives, count = _SupCon.apply(z, labels, None, t, normalize)
-    else:
-        # In the dtype of sums: the positives' share of the gradient nearly cancels that of their softmax.
-        z = to_rows(z, normalize)
-        lse = log_sum_exp_of_others(z, labels if decoupled else None, t, normalize=False, ranks=ranks)
-        sums, count = _SumsOfLabel.apply(z, labels, ranks)
-        positives, count = (z * (sums - z)).sum(1), count - 1
-    has = (count > 0) & (lse != -torch.inf)  # NaN stays
-    loss = torch.where(has, lse - positives / (count.clamp(min=1) * positive(t)), 0)
-    if reduction == "mean":
-        weight = has.to(loss.dtype) if sample_weight is None else has * sample_weight.to(loss.dtype)
-        total = _losses.total(weight.sum(), ranks)
-        loss = _losses.reduce(loss, "sum", weight, ranks) / torch.where(total == 0, 1, total)
-    else:
-        loss = _losses.reduce(loss, reduction, sample_weight, ranks)
-    if embeddings.dim() == 3:
-        lse = lse.unflatten(0, (images, views))
-        loss = loss.unflatten(0, (images, views)) if reduction == "none" else loss
-    return (loss, lse) if return_lse else loss
-
-
-class SupConLoss(nn.Module):
-    """Supervised contrastive loss as a module, without the similarity matrix; a drop-in for
-    pytorch_metric_learning.losses.SupConLoss (its default reducer) and, with (N, V, D), for SupContrast's.
-
-    Equivalent to: pytorch_metric_learning.losses.SupConLoss(temperature)(embeddings, labels).
-
-    Args:
-        temperature: a float above 0, or a tensor of one element; an nn.Parameter is learned with the model.
-        options: keyword arguments of `ssl_fast.functional.sup_con`.
-
-    Shape:
-        embeddings (M, D) with labels (M,), or (N, V, D) with labels (N,) or None.
-
-    Example:
-        >>> loss = SupConLoss(temperature=0.1)(embeddings, labels)
-    """
-
-    def __init__(self, temperature: float | Tensor = 0.1, **options: Any) -> None:
-        super().__init__()
-        _losses.check_temperature_alone(temperature)
-        self.temperature = temperature
-        self.options = options
-
-    def forward(self, embeddings: Tensor, labels: Tensor | None = None, **per_call: Any) -> Tensor:
-        return sup_con(embeddings, labels, self.temperature, **self.options, **per_call)
-
-    def extra_repr(self) -> str:
-        t = self.temperature
-        return f"temperature={'learned' if isinstance(t, nn.Parameter) else t}"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_fast.ops.batch_norm import FusedNorm, batch_norm, check_activation
+from ssl_fast.ops.batch_norm import FusedNorm, batch_norm, check_activation, parameter
 
 
 def instance_norm(
@@ -110,10 +110,10 @@ class _Fused(FusedNorm, nn.modules.instancenorm._InstanceNorm):
             input, residual = input[None], None if residual is None else residual[None]
         y = instance_norm(
             input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
+            self._buffers["running_mean"],
+            self._buffers["running_var"],
+            parameter(self, "weight"),
+            parameter(self, "bias"),
             self.training or not self.track_running_stats,
             0.0 if self.momentum is None else self.momentum,
             self.eps,

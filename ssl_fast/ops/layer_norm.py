@@ -31,6 +31,9 @@ from ssl_fast.ops.batch_norm import (
     check_activation,
     dense,
     like,
+    parameter,
+    records,
+    shaped,
 )
 
 # ---- the layout that every backend shares
@@ -53,7 +56,7 @@ def _laid(tensor: Tensor, x: Tensor, channels: bool) -> Tensor:
 
 def _grouped(x: Tensor, width: int, channels: bool) -> Tensor:
     """(N, D, L) in the dtype of sums, with statistics over D."""
-    shape = (len(x), width, math.prod(x.shape[2:])) if channels else (x.numel() // (width or 1), width, 1)
+    shape = (x.shape[0], width, math.prod(x.shape[2:])) if channels else (x.numel() // (width or 1), width, 1)
     return x.to(accumulator(x)).reshape(shape)
 
 
@@ -70,7 +73,7 @@ def _statistics(xs: Tensor, eps: float) -> Tensor:
 
 def _normalised(xs: Tensor, stats: Tensor) -> Tensor:
     """x - mean is exact where the two are near, so nothing is lost to a large mean."""
-    mean, low, invstd = stats.view(3, len(xs), 1, xs.shape[2])
+    mean, low, invstd = stats.view(3, xs.shape[0], 1, xs.shape[2])
     return ((xs - mean) - low) * invstd
 
 
@@ -94,7 +97,7 @@ def _fwd_reference(
     stats = _statistics(xs, eps)
     added = None if residual is None else _grouped(residual, width, channels)
     u = _pre_activation(_normalised(xs, stats), added, weight, bias)
-    return torch.empty_like(x).copy_(_activate(u, activation).view(x.shape)), stats
+    return _laid(_activate(u, activation).view(x.shape).to(x.dtype), x, channels), stats
 
 
 def _bwd_reference(
@@ -188,10 +191,10 @@ class _LayerNorm(torch.autograd.Function):
         eps: float,
         activation: int,
     ) -> Tensor:
-        ctx.backend = layer_norm_fwd.backend_for(x)
+        ctx.backend, forward = layer_norm_fwd.chosen(x)
         ctx.width, ctx.channels, ctx.eps, ctx.activation = width, channels, eps, activation
         ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
-        y, stats = layer_norm_fwd(x, residual, weight, bias, width, channels, eps, activation, backend=ctx.backend)
+        y, stats = forward(x, residual, weight, bias, width, channels, eps, activation)
         again = activation != IDENTITY  # the backward computes u again
         ctx.save_for_backward(x, residual if again else None, weight, bias if again else None, stats)
         return y
@@ -212,8 +215,8 @@ class _LayerNorm(torch.autograd.Function):
         return (
             dx if need_dx else None,
             (dresidual if through else dy) if need_dresidual else None,
-            dweight.view(weight.shape).to(weight.dtype) if need_dweight else None,
-            dbias.view(ctx.bias_like[0]).to(ctx.bias_like[1]) if need_dbias else None,
+            shaped(dweight, weight.shape, weight.dtype) if need_dweight else None,
+            shaped(dbias, *ctx.bias_like) if need_dbias else None,
             *(None,) * 4,
         )
 
@@ -270,13 +273,16 @@ def layer_norm(
     x = dense(x) if channels else x.contiguous()
     if residual is not None:  # compile wants them distinct
         residual = _laid(residual.view_as(residual) if residual is x else residual, x, channels)
-    affine = [t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, bias)]
-    tensors, options = (x, residual, *affine), (math.prod(shape), channels, float(eps), code)
+    if weight is not None:
+        weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    width, eps = math.prod(shape), float(eps)
     if transforming():
-        return _fwd_reference(x, residual, affine[0], affine[1], *options)[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _LayerNorm.apply(*tensors, *options)
-    return layer_norm_fwd(*tensors, *options)[0]
+        return _fwd_reference(x, residual, weight, bias, width, channels, eps, code)[0]
+    if records(x, residual, weight, bias):
+        return _LayerNorm.apply(x, residual, weight, bias, width, channels, eps, code)
+    return layer_norm_fwd(x, residual, weight, bias, width, channels, eps, code)[0]
 
 
 def _check(
@@ -368,7 +374,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps,
+            input, self.normalized_shape, parameter(self, "weight"), parameter(self, "bias"), self.eps,
             dim=self.dim, residual=residual, activation=self.activation,
         )  # fmt: skip
 

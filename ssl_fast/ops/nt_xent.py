@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from ssl_fast._distributed import Strategy, processes, share
 from ssl_fast._op import HALF_AND_FLOAT, Op
 from ssl_fast.ops import _losses
+from ssl_fast.ops._info_nce_sup_con import log_sum_exp_of_others
 from ssl_fast.ops._losses import REDUCTIONS, Reduction, accumulator, differentiable_once, positive, tangent, to_rows
-from ssl_fast.ops.info_nce import info_nce, log_sum_exp_of_others, matches
+from ssl_fast.ops.info_nce import info_nce, matches
 from ssl_fast.queue import KeyQueue
 
 # ---- reference: the definition, and the fallback on any device
@@ -137,9 +138,9 @@ class _NTXent(torch.autograd.Function):
     def forward(
         ctx: Any, z1: Tensor, z2: Tensor, temperature: Tensor, normalize: bool, reduction: int
     ) -> tuple[Tensor, Tensor]:
-        ctx.backend = nt_xent_fwd.backend_for(z1)
+        ctx.backend, forward = nt_xent_fwd.chosen(z1)
         ctx.normalize, ctx.reduction = normalize, reduction
-        loss, lse, q, r = nt_xent_fwd(z1, z2, temperature, normalize, reduction, backend=ctx.backend)
+        loss, lse, q, r = forward(z1, z2, temperature, normalize, reduction)
         ctx.save_for_backward(z1, z2, temperature, lse, q, r)
         ctx.set_materialize_grads(False)
         return loss, lse

@@ -29,7 +29,7 @@ COLUMNS = ("top", "left", "height", "width", "angle", "flip", "order", "brightne
            "gray", "sigma", "kernel", "solarize")  # fmt: skip
 NOTHING = dict(zip(COLUMNS, (0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 2), strict=True))
 ORDERS = tuple(itertools.permutations(range(4)))
-GRAY = (0.2989, 0.587, 0.114)
+GRAY = (0.2989, 0.587, 0.114)  # the luma of ITU-R BT.601, as torchvision rounds it
 
 # ImageNet's mean and standard deviation, and those of its grey values.
 MEAN_STD = {1: ((0.449,), (0.226,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
@@ -276,7 +276,11 @@ def two_views(
     if dtype not in HALF_AND_FLOAT:
         raise TypeError(f"dtype: got {dtype}, allowed: torch.float16, torch.bfloat16, torch.float32")
     _check_params(params, images, size)
-    mean, std = (list(own or default) for own, default in zip((mean, std), MEAN_STD[channels], strict=True))
+    mean, std = (
+        list(default) if own is None else own.flatten().tolist() if isinstance(own, Tensor) else
+        [own] if isinstance(own, (int, float)) else list(own)
+        for own, default in zip((mean, std), MEAN_STD[channels], strict=True)
+    )  # fmt: skip
     for name, values in (("mean", mean), ("std", std)):
         if (
             len(values) != channels
