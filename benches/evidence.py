@@ -3,25 +3,27 @@
     tests     every test file
     sanitize  every op of ours at its quick shapes under compute-sanitizer's memcheck and racecheck
     bench     every bench, rows to benches/results.csv and to OUT
-    train     whole SimCLR and MoCo steps: the same bits twice, as CUDA graphs, TF32 on and off, a profile
+    train     whole SimCLR and MoCo steps: the same bits twice, as CUDA graphs, TF32 on and off, profiles
     all       these, one after the other
 
-A part ends within 8 minutes. What it did not come to is done by the next call, which leaves out what is in
-OUT/PART.json; each leaves that, a log, and at most three files more. OUT/summary.md is the page to read. The exit
-status is 0, 1 where something failed, and 75 where there is more to do.
+A part ends within 8 minutes. What it did not come to is done by the next call, which leaves out what OUT/PART.json has
+of this commit; once all was tried, a call tries again what did not pass. Each leaves that file, a log, and at most five
+files more. OUT/summary.md is the page to read. The exit status is 0 where all passed, 1 where something did not or has
+no tool to run it, and 75 where there is more to do.
 """
 
 from __future__ import annotations
 
+import csv
+import functools
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +33,12 @@ from benches import common
 from benches.bench_nt_xent import dense, embeddings
 from benches.common import DEVICE, ROOT
 from ssl_fast.backbones import ConvNet
-from ssl_fast.bench import stems
+from ssl_fast.bench import run_group, stems
 
 MINUTES = 8
 MORE = 75
+WHOLE_STEPS = ("simclr", "moco")
+NO_RESUME = ("accelerate", "ranks")  # benches that always start from their first case
 Steps = dict[str, list[str]]
 
 
@@ -54,61 +58,79 @@ def steps_of(part: str, out: Path) -> Steps:
                 found[f"{tool} {stem}"] = [*checked, *python, "benches.evidence", "once", stem]
         return found
     if part == "bench":
-        return {stem: [*python, f"benches.bench_{stem}"] for stem in stems()}
+        resume = {stem: [] if stem in NO_RESUME else ["--resume"] for stem in stems()}
+        return {stem: [*python, f"benches.bench_{stem}", *words] for stem, words in resume.items()}
     checks = {name: [*python, "benches.evidence", "check", name] for name in CHECKS}
-    return {**checks, "profile": [*python, "benches.bench_simclr", "--profile", str(out)]}
+    profiles = {f"profile of {stem}": [*python, f"benches.bench_{stem}", "--profile", str(out)] for stem in WHOLE_STEPS}
+    return checks | profiles
 
 
 def run(part: str, out: Path) -> int:
     """Every step of a part that is not done yet, while there is time."""
-    done_path, log = out / f"{part}.json", out / f"{part}.log"
-    done = json.loads(done_path.read_text()) if done_path.exists() else {}
+    path, log = out / f"{part}.json", out / f"{part}.log"
     begun, budget = time.monotonic(), 60 * MINUTES
     steps = steps_of(part, out)
+    done, absent = results(part, out), not_installed(steps)
+    if steps.keys() <= done.keys() | absent.keys():
+        done = {name: step for name, step in done.items() if step["state"] == "ok"}
+    summarise(out)
     for number, (name, command) in enumerate(steps.items(), 1):
-        if name in done:
+        if name in done or name in absent:
             continue
-        if shutil.which(command[0]) is None:
-            done[name] = {"state": f"{command[0]} is not installed"}
-        else:
-            print(f"{part} {number}/{len(steps)}: {name}", flush=True)
-            start = time.monotonic()
-            state = _logged(command, log, begun + budget - start)
-            if state == "no time" and start - begun > budget / 10:  # the next call has all of it for this step
-                print(f"run `PART={part}` again: {len(steps) - len(done)} of {len(steps)} to do")
-                return MORE
-            done[name] = {"state": state, "seconds": round(time.monotonic() - start)}
-        done_path.write_text(json.dumps(done, indent=1))
+        print(f"{part} {number}/{len(steps)}: {name}", flush=True)
+        start, rows = time.monotonic(), rows_of_this_commit()
+        state = _logged(command, log, begun + budget - start)
+        # The next call has all of its time for this step, or goes on where the bench was cut.
+        if state == "no time" and (start - begun > budget / 10 or rows_of_this_commit() > rows):
+            print(f"run `PART={part}` again: {len(steps.keys() - done.keys() - absent.keys())} of {len(steps)} to do")
+            return MORE
+        seconds = round(time.monotonic() - start)
+        done[name] = {"state": state, "seconds": seconds, "commit": common.conditions()["commit"]}
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(done, indent=1))
+        partial.replace(path)
         summarise(out)
     if part == "bench":
         shutil.copy(common.RESULTS, out / "rows.csv")
-    return int(any(step["state"] in ("failed", "no time") for step in done.values()))
+    return int(sum(step["state"] == "ok" for step in done.values()) < len(steps))
+
+
+def results(part: str, out: Path) -> dict[str, dict[str, Any]]:
+    """What was tried of a part at this commit."""
+    path = out / f"{part}.json"
+    done = json.loads(path.read_text()) if path.exists() else {}
+    return {name: step for name, step in done.items() if step.get("commit") == common.conditions()["commit"]}
+
+
+def not_installed(steps: Steps) -> dict[str, str]:
+    """The steps whose tool this machine lacks, with the tool."""
+    return {name: command[0] for name, command in steps.items() if shutil.which(command[0]) is None}
+
+
+def rows_of_this_commit() -> int:
+    with common.RESULTS.open(newline="") as file:
+        return sum(row["commit"] == common.conditions()["commit"] for row in csv.DictReader(file))
 
 
 def _logged(command: list[str], log: Path, seconds: float) -> str:
     with log.open("a") as file:
         print(f"\n$ {' '.join(command)}", file=file, flush=True)
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            return "ok" if process.wait(seconds) == 0 else "failed"
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # and what it started
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                return "no time"
-            raise
+            return "failed" if run_group(command, seconds, stdout=file, stderr=subprocess.STDOUT) else "ok"
+        except subprocess.TimeoutExpired:
+            return "no time"
 
 
 def summarise(out: Path) -> None:
     """One page: what ran, what failed, what is missing."""
     lines = ["# Evidence", "", ", ".join(f"{key} {value}" for key, value in common.conditions().items()), ""]
     for part in PARTS:
-        path = out / f"{part}.json"
-        done = json.loads(path.read_text()) if path.exists() else {}
-        states = [step["state"] for step in done.values()]
-        count = len(steps_of(part, out))
-        lines += [f"## {part}: {states.count('ok')} of {count} passed, {count - len(done)} not run", ""]
-        lines += [f"- {name}: {step['state']}" for name, step in done.items() if step["state"] != "ok"]
+        steps, done = steps_of(part, out), results(part, out)
+        states = {name: step["state"] for name, step in done.items()}
+        passed = list(states.values()).count("ok")
+        states |= {name: f"{tool} is not installed" for name, tool in not_installed(steps).items() if name not in done}
+        lines += [f"## {part}: {passed} of {len(steps)} passed, {len(steps) - len(done)} not run", ""]
+        lines += [f"- {name}: {state}" for name, state in states.items() if state != "ok"]
     (out / "summary.md").write_text("\n".join(lines) + "\n")
 
 
@@ -142,7 +164,7 @@ def views() -> Tensor:
 
 def same_bits() -> None:
     """Two runs of five steps."""
-    for kind in ("simclr", "moco"):
+    for kind in WHOLE_STEPS:
         first, second = ([float(step(views())) for _ in range(5)] for step in (trainer(kind), trainer(kind)))
         assert first == second, (kind, first, second)
         print(f"{kind}: losses {first} twice")
@@ -153,7 +175,7 @@ def graphs() -> None:
     if DEVICE == "cpu":
         print("no GPU: nothing to capture")
         return
-    for kind in ("simclr", "moco"):
+    for kind in WHOLE_STEPS:
         plain, captured, x = trainer(kind), trainer(kind), views()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -192,9 +214,8 @@ CHECKS = {"same bits twice": same_bits, "CUDA graphs": graphs, "TF32 on and off"
 PARTS = ("tests", "sanitize", "bench", "train")
 
 
-def once(stem: str) -> None:
-    """Ours at the quick shapes, one call each."""
-    module = common.setups()[stem]
+def once(module: Any) -> None:
+    """Ours at the quick shapes of a bench, one call each."""
     for case in module.cases(True):
         for provider in module.setup(*case).providers:
             if provider.name.startswith("ssl_fast"):
@@ -204,22 +225,27 @@ def once(stem: str) -> None:
 
 
 def main() -> int:
-    words = sys.argv[1:]
-    if words[:1] == ["check"]:
-        CHECKS[words[1]]()
+    word, given = [*sys.argv[1:], "", ""][:2]
+    if word in ("check", "once"):
+        works: dict[str, Callable[[], None]] = CHECKS
+        if word == "once":
+            works = {stem: functools.partial(once, module) for stem, module in common.setups().items()}
+        if given not in works:
+            return _refused(word, given, works)
+        works[given]()
         return 0
-    if words[:1] == ["once"]:
-        once(words[1])
-        return 0
-    if not words or words[0] not in (*PARTS, "all"):
-        given = words[0] if words else ""
-        print(f"PART: got {given!r}, allowed: {', '.join(PARTS)}, all\n\n{__doc__}", file=sys.stderr)
-        return 2
-    out = Path(words[1] if len(words) > 1 else "out/gpu").resolve()
+    if word not in (*PARTS, "all"):
+        return _refused("PART", word, (*PARTS, "all"))
+    out = Path(given or "out/gpu").resolve()
     out.mkdir(parents=True, exist_ok=True)
-    statuses = [run(part, out) for part in (PARTS if words[0] == "all" else words[:1])]
+    statuses = [run(part, out) for part in (PARTS if word == "all" else (word,))]
     print((out / "summary.md").read_text())
     return max(statuses)
+
+
+def _refused(what: str, given: str, allowed: Iterable[str]) -> int:
+    print(f"{what}: got {given!r}, allowed: {', '.join(allowed)}\n\n{__doc__}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +79,73 @@ def stems() -> list[str]:
 
 
 def _run(name: str, device: str | None, quick: bool) -> int:
-    """The exit status of a bench, whose processes end with this one."""
+    """The exit status of a bench."""
     command = [sys.executable, "-m", f"benches.bench_{PART_OF.get(name, name)}", *(["--quick"] if quick else [])]
     command += ["--only", f'"{name}"'] if name in PART_OF else []
-    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
+    # Threads that spin where they wait take a busy machine's cores from what they wait for: small shapes took minutes.
+    env = {**({"OMP_WAIT_POLICY": "passive"} if quick else {}), **os.environ}
+    env |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    return run_group(command, env=env)
+
+
+def run_group(command: list[str], seconds: float | None = None, **options: Any) -> int:
+    """The exit status of a command, which ends with this process, and after so many seconds, with all that it started.
+
+    Raises:
+        subprocess.TimeoutExpired: after these seconds.
+    """
+    process = None
+    with _exit_on_signals():
+        try:
+            with _signals_wait():
+                process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **options)
+            return process.wait(seconds)
+        except BaseException:
+            for signum in (signal.SIGTERM, signal.SIGKILL) if process else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signum)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+            raise
+
+
+@contextlib.contextmanager
+def _exit_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit in the block, as Ctrl-C raises KeyboardInterrupt."""
+
+    def leave(signum: int, frame: Any) -> None:
+        sys.exit(128 + signum)
+
+    main = threading.current_thread() is threading.main_thread()  # others may not set handlers
+    taken = [
+        s for s in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(s) is signal.SIG_DFL
+    ]  # not nohup's
+    for signum in taken:
+        signal.signal(signum, leave)
     try:
-        return process.wait()
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-        raise
+        yield
+    finally:
+        for signum in taken:
+            signal.signal(signum, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals that have a handler reach it when the block ends: within Popen, they would leave a process unknown."""
+    arrived: list[int] = []
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    held = {signum: handler for signum, handler in handlers.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread():
+        held = {}
+    for signum in held:
+        signal.signal(signum, lambda signum, frame: arrived.append(signum))
+    try:
+        yield
+    finally:
+        for signum, handler in held.items():
+            signal.signal(signum, handler)
+        for signum in arrived[:1]:
+            signal.raise_signal(signum)
 
 
 def _lines(path: Path) -> set[tuple[str, ...]]:

@@ -2,11 +2,13 @@
 
 import ast
 import csv
+import gzip
 import json
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssl_fast
-from benches import common, evidence, plot
+from benches import bench_simclr, common, compare_findings, compare_steps, compare_views, evidence, plot
 from ssl_fast import bench as bench_module
 from ssl_fast import functional, nn
 from ssl_fast.cli import main
+from ssl_fast.run import read_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,6 +80,7 @@ def test_a_setup_computes_nothing(stem):
 
 TABLE = """
 import json
+import time
 import torch
 from benches import common
 
@@ -86,26 +90,57 @@ def step(megabytes):
 def too_much():
     raise torch.OutOfMemoryError("out of memory")
 
+def compiled():
+    seconds = iter((2.1,))  # of the first call, more than a quick run waits for a second one
+    return lambda: time.sleep(next(seconds, 0))
+
 table = common.Table("op", "shape", bytes=1e6)
 table.providers = [
     common.Provider("copy_", lambda: step(1), work=1.0),
     common.Provider("ours", lambda: step(64), work=2.0, error=lambda: 1e-7),
     common.Provider("theirs", too_much),
+    common.Provider("compiled", compiled, compiled=True),
 ]
-print(json.dumps(common.measure(table, 0.0)))
+print(json.dumps(common.measure(table, 0.0, quick=True)))
 """
+
+
+@pytest.mark.parametrize("provider", ["plain PyTorch", "ssl_fast"])
+def test_each_library_makes_views_in_the_step_of_simclr(provider):
+    make, _, _ = bench_simclr.libraries(8)[provider]()
+    view1, view2 = make(torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8))
+    assert view1.shape == view2.shape == (3, 3, 8, 8) and not torch.equal(view1, view2)
+
+
+@pytest.mark.parametrize("provider", [compare_steps.OURS, *compare_steps.WORKERS])
+def test_whole_steps_count_images_and_waiting(provider):
+    lap = compare_steps.run_steps("ConvNet, 32 -> 32", provider, batch=4, ahead=1, timed=2)
+    assert lap["images_per_s"] > 0 and 0 < lap["data_wait"] < 1
+
+
+def test_views_of_torchvision_take_the_place_of_ours_in_training(tmp_path):
+    rows = [compare_views.trained(views, 0, "digits", tmp_path, 2, "digits") for views in ("torchvision", "ssl_fast")]
+    assert rows[0]["random"] == rows[1]["random"] and all(0.5 < row["kNN"] <= 1 for row in rows)
+    ends = [[row["loss"] for row in read_rows(path) if "loss" in row] for path in tmp_path.glob("*/metrics.jsonl")]
+    assert len(ends) == 2 and ends[0] != ends[1]
+    rows += [{**row, "seed": 1, "kNN": row["kNN"] / 2} for row in rows]
+    text = compare_views.page(rows, "title")
+    assert "| torchvision | " in text and "| seed 1 |" in text and "no larger than" in text
+    assert "LARGER than" in compare_views.page([{**rows[0], "kNN": 0.1}, rows[1]], "title")
 
 
 def test_a_table_is_measured(tmp_path):
     command = [sys.executable, "-c", TABLE]  # measure() forks its process, which must not have computed anything
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
-    floor, ours, theirs = json.loads(output.splitlines()[-1])
+    floor, ours, theirs, compiled = json.loads(output.splitlines()[-1])
+    assert common.timing([1.0, 2.0, 9.0]) == {"ms": 2.0, "ms_p20": 1.4, "ms_p80": pytest.approx(6.2)}  # none is beyond
     assert ours["ms_p20"] <= ours["ms"] <= ours["ms_p80"] and ours["to"] == "copy_" and ours["error"] == 1e-7
     assert ours["ratio"] == pytest.approx(ours["ms"] / floor["ms"]) == pytest.approx(2 * ours["x_floor"])
     assert ours["gb_per_s"] == pytest.approx(2e6 / ours["ms"] / 1e6)
     if common.DEVICE == "cpu":
         assert 60 < ours["extra_mb"] < 80
     assert "ms" not in theirs and theirs["provider"] == "theirs"  # the others are measured
+    assert compiled["ms_p80"] < 2000
 
     path = tmp_path / "rows.csv"
     path.write_text("op,shape,dtype,provider,allocator,device,ms\nop,other,float32,ours,default,here,3\n")
@@ -116,13 +151,30 @@ def test_a_table_is_measured(tmp_path):
     assert rows[0]["ms"] == "3" and rows[0]["x_floor"] == "" and rows[1]["commit"] and rows[1]["date"]
 
 
+def test_a_table_is_resumed_where_rows_of_it_lack(monkeypatch, tmp_path):
+    path = tmp_path / "rows.csv"
+    table = common.Table("op", "shape", [common.Provider("ours", int), common.Provider("theirs", int, "bfloat16")])
+    rows = [{"op": "op", "shape": "shape", "dtype": p.dtype, "provider": p.name} for p in table.providers]
+    rows = [row | {"allocator": "default"} for row in rows]
+    assert not common.saved(table, "default", path=path)
+    common.save(rows[:1], path=path)
+    assert not common.saved(table, "default", path=path)
+    common.save(rows, path=path)
+    assert common.saved(table, "default", path=path) and not common.saved(table, "warm", path=path)
+    here = common.conditions() | {"commit": "another"}
+    monkeypatch.setattr(common, "conditions", lambda: here)
+    assert not common.saved(table, "default", path=path)
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         ("nt_xnt", "op: got 'nt_xnt', did you mean 'nt_xent'? allowed: accelerate, barlow_twins"),
         ("ema device=tpu", "device: got 'tpu', allowed here: cpu"),
         ("ema speed=high", "unknown key 'speed'"),
-        ("ema --quick", "got '--quick', allowed: key=value, such as quick=..."),
+        ("ema --device tpu --quick", "device: got 'tpu', allowed here: cpu"),
+        ("--quick ema --device", "got '--device', allowed: key=value, such as device=..."),
+        ("ema -q", "got '-q', allowed: key=value, such as device=..."),
     ],
 )
 def test_bench_refuses(words, message, capsys):
@@ -144,8 +196,9 @@ def test_bench_runs_each_op_and_says_what_failed(monkeypatch, tmp_path, capfd):
     (tmp_path / "benches/bench_stopped.py").write_text(interrupt)
     monkeypatch.setattr(bench_module, "ROOT", tmp_path)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background ignores
-    assert main(["bench", "good", "quick=true"]) == 0
-    assert "row of --quick" in capfd.readouterr().out
+    for words in ("good quick=true", "good --quick", "--quick --device cpu good"):
+        assert main(["bench", *words.split()]) == 0
+        assert "row of --quick" in capfd.readouterr().out
     assert main(["bench", "bad", "good"]) == 1
     output = capfd.readouterr()
     assert "failed, as said above: bad" in output.err and "row of" in output.out
@@ -165,12 +218,143 @@ def test_evidence_goes_on_where_it_stopped(monkeypatch, tmp_path):
     def states():
         return {k: v["state"] for k, v in json.loads((tmp_path / "tests.json").read_text()).items()}
 
-    first = {"good": "ok", "bad": "failed", "absent": "no-such-tool is not installed"}
+    first = {"good": "ok", "bad": "failed"}
     assert evidence.run("tests", tmp_path) == evidence.MORE and states() == first
     assert evidence.run("tests", tmp_path) == evidence.MORE  # even alone it takes too long, and what is left is nothing
     assert states() == {**first, "slow": "no time"}
     assert evidence.run("tests", tmp_path) == 1 and states()["last"] == "ok"
     assert len(list(tmp_path.iterdir())) == 3 and "- bad: failed" in (tmp_path / "summary.md").read_text()
+
+
+def test_evidence_is_of_one_commit(monkeypatch, tmp_path):
+    """What passed at it is left out; what did not, or had no tool, is tried again."""
+    repaired, tool, out = tmp_path / "repaired", tmp_path / "tool", tmp_path / "out"
+    out.mkdir()
+    steps = {"good": ["true"], "bad": ["test", "-e", str(repaired)], "absent": [str(tool)]}
+    monkeypatch.setattr(evidence, "steps_of", lambda part, out: steps)
+
+    def at(commit, *expected):
+        """The exit status, and which steps ran."""
+        here = common.conditions() | {"commit": commit}
+        monkeypatch.setattr(common, "conditions", lambda: here)
+        (out / "tests.log").write_text("")
+        status = evidence.run("tests", out)
+        ran = [line.split()[1] for line in (out / "tests.log").read_text().splitlines() if line.startswith("$")]
+        assert all(line in (out / "summary.md").read_text() for line in expected)
+        return status, ran
+
+    assert at("a", "1 of 3 passed, 1 not run", "- bad: failed", f"- absent: {tool} is not installed") == (
+        1,
+        ["true", "test"],
+    )
+    repaired.touch()
+    assert at("a", "2 of 3 passed, 1 not run") == (1, ["test"])
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    assert at("a", "3 of 3 passed, 0 not run") == (0, [str(tool)])
+    assert at("a") == (0, [])
+    assert at("b") == (0, ["true", "test", str(tool)])
+    repaired.unlink()
+    assert at("c", "2 of 3 passed") == (1, ["true", "test", str(tool)])
+    repaired.touch()
+
+    def cut(path, text):
+        path.write_bytes(text[:5].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evidence, "summarise", lambda out: None)
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(KeyboardInterrupt):
+        evidence.run("tests", out)
+    assert evidence.results("tests", out)["bad"]["state"] == "failed"
+
+
+def test_evidence_counts_new_rows_as_progress(monkeypatch, tmp_path):
+    """A bench that is longer than a part is cut, and goes on."""
+    rows = tmp_path / "results.csv"
+    rows.write_text("commit\n")
+    commit = common.conditions()["commit"]
+    code = f"n=$(wc -l < {rows}); echo {commit} >> {rows}; [ $n = 2 ] || sleep 60"
+    monkeypatch.setattr(evidence, "steps_of", lambda part, out: {"long": ["sh", "-c", code]})
+    monkeypatch.setattr(evidence, "MINUTES", 1 / 60)
+    monkeypatch.setattr(common, "RESULTS", rows)
+    assert evidence.run("bench", tmp_path) == evidence.MORE
+    assert evidence.run("bench", tmp_path) == 0
+
+
+def test_evidence_resumes_the_benches_that_can(tmp_path):
+    for stem, command in evidence.steps_of("bench", tmp_path).items():
+        source = (ROOT / f"benches/bench_{stem}.py").read_text()
+        assert ("--resume" in command) == ("common.main(" in source or '"--resume"' in source), stem
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("nope", "PART: got 'nope', allowed: tests, sanitize"),
+        ("check nope", "check: got 'nope', allowed: same bits twice"),
+        ("check", "check: got '', allowed: same bits twice"),
+        ("once nope", "once: got 'nope', allowed: barlow_twins"),
+    ],
+)
+def test_evidence_refuses(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evidence", *words.split()])
+    assert evidence.main() == 2 and message in capsys.readouterr().err
+
+
+GROUP = """
+import signal, subprocess, sys, time
+from ssl_fast.bench import run_group
+
+class Popen(subprocess.Popen):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        time.sleep(float(sys.argv[1]))  # as on a busy machine, where what was started is first to run
+
+subprocess.Popen = Popen
+signal.signal(signal.SIGINT, signal.default_int_handler)
+print(run_group(["sh", "-c", "trap '' TERM; sleep 60 & echo $!; trap - TERM; sleep 60"]))
+"""
+
+
+@pytest.mark.parametrize("late", [0, 0.5])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_bench_ends_with_what_started_it(signum, late):
+    command = [sys.executable, "-c", GROUP, str(late)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = Path("/proc", process.stdout.readline().strip(), "status")
+
+    def alive():
+        try:
+            return "State:\tZ" not in child.read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    assert alive()
+    process.send_signal(signum)
+    assert process.wait(30) == (-signum if signum == signal.SIGINT else 128 + signum)
+    deadline = time.monotonic() + 5
+    while alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive()
+
+
+RANKS = """
+import sys
+from benches import bench_ranks, common
+
+common.DEVICE = "cuda"  # as on a machine with a GPU
+sys.argv = ["bench_ranks", "--worker", "0", "1", sys.argv[1], "64", "32"]
+bench_ranks.main()
+print(common.device_name())
+"""
+
+
+def test_the_bench_of_ranks_is_of_the_cpu(tmp_path):
+    command = [sys.executable, "-c", RANKS, str(tmp_path)]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
+    found, device = output.splitlines()[-2:]
+    assert json.loads(found)["gather"]["ms"] > 0 and common.cpu_name() in device
 
 
 # ---- the README
@@ -187,6 +371,9 @@ def test_the_readme_shows_what_was_measured():
     """Its tables are those that benches/results.csv gives: no number of them is written by hand."""
     readme = plot.README.read_text()
     assert readme == plot.updated(readme) == plot.updated(plot.updated(readme))
+    kernels = plot.KERNELS.read_text()
+    assert kernels == plot.with_blocks(kernels, {"places": plot.place_block})
+    assert all(f"| {op} " in plot.place_block() for op in plot.WORK)  # measured, or said not to be
     wrong = re.sub(r"(\| \d+\.\d)(\d*) ", r"\g<1>9\2 ", readme, count=1)
     assert wrong != readme != plot.updated(wrong + " ") and plot.updated(wrong) == readme
 
@@ -194,8 +381,16 @@ def test_the_readme_shows_what_was_measured():
 def test_no_number_of_the_readme_stands_outside_of_the_tables():
     tables, text = measured_section()
     assert tables.count("\n|") > 100
-    measured = re.findall(r"[\d.]+ ?(?:ms|MB|GB/s|TFLOP/s|images/s|x faster|times|%)", text)
+    units = r"(?<![\w.])\d[\d.,]* ?(?:[mu]?s|[MG]B|GB/s|TFLOP/s|TFLOPS|images/s|x|x faster|times)(?![\w.])"
+    whole = re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", "", plot.README.read_text(), flags=re.DOTALL)
+    measured = re.findall(units, whole) + re.findall(r"[\d.]+ ?%", text)  # 1% and 10% of the labels are no measurement
     assert not measured, f"{measured}: results.csv gives the tables, and the text beside them quotes no figure"
+    assert re.findall(units, "in 7.5 ms, 77.8x dense, 9.9 GB or 3.3 TFLOPS") == [
+        "7.5 ms",
+        "77.8x",
+        "9.9 GB",
+        "3.3 TFLOPS",
+    ]
 
 
 def test_figures_of_the_tables_are_in_the_csv():
@@ -215,4 +410,33 @@ def test_pictures_come_out_the_same(tmp_path):
 def test_every_provider_can_be_timed_by_pytest():
     """`pytest benches/` lists them; `make test` does not collect them."""
     assert "benches" not in (ROOT / "pyproject.toml").read_text().split("testpaths")[1].splitlines()[0]
-    assert len(list(common.setups()["moco"].setup(*common.setups()["moco"].cases(True)[0]).providers)) == 2
+    assert {"moco", "two_views", "knn", "ema"} < common.setups().keys()
+    assert len(common.setups()["moco"].setup(*common.setups()["moco"].cases(True)[0]).providers) >= 2
+
+
+def test_a_step_is_profiled(tmp_path):
+    command = [sys.executable, "-m", "benches.bench_moco", "--quick", "--profile", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300)
+    with gzip.open(tmp_path / "moco_trace.json.gz") as file:
+        assert any(event.get("name") == "aten::convolution" for event in json.load(file)["traceEvents"])
+    assert (tmp_path / "moco_profile.png").stat().st_size > 10_000 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_finding_holds_where_every_seed_says_so():
+    rows = [
+        {"run": "nonlinear", "seed": 0, "seconds": 1, "h kNN": 0.8, "z kNN": 0.7, "h linear": 0.7, "z linear": 0.8},
+        {"run": "nonlinear", "seed": 1, "seconds": 1, "h kNN": 0.9, "z kNN": 0.6, "h linear": 0.7, "z linear": 0.6},
+        {"run": "random", "seed": 0, "seconds": 1, "h kNN": 0.9, "h linear": 0.5},  # the other seed is not there yet
+    ]
+    found = {row["claim"]: row for row in (compare_findings.verdict(rows, *claim) for claim in compare_findings.CLAIMS)}
+    expected = {
+        "h beats z, nonlinear head: kNN": ("20.00 ± 14.14", "2 of 2", "holds"),
+        "h beats z, nonlinear head: linear probe": ("0.00 ± 14.14", "1 of 2", "not settled"),
+        "pretrained beats random weights: kNN": ("-10.00", "0 of 1", "does not hold"),
+        "linear head beats no head: kNN": ("", "0 of 0", "not run"),
+    }
+    for claim, values in expected.items():
+        assert tuple(found[claim].values()) == (claim, *values)
+    page = compare_findings.page(rows, "here", 100)
+    assert re.search(r"random encoder +[|] 90.00 +[|] 50.00", page)
+    assert re.search(r"head nonlinear +[|] 85.00 ± 7.07 +[|] 70.00 ± 0.00", page)
