@@ -38,6 +38,15 @@ def gather(x: Tensor) -> Tensor:
     return parts.flatten(0, 1)
 
 
+def everyone(thing: Any) -> list[Any]:
+    """What each process has, on each."""
+    _, world = rank_and_world()
+    things = [thing] * world
+    if world > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
 def shared_permutation(n: int, device: torch.device) -> Tensor:
     """A random order of n rows, the same on every rank."""
     order = torch.randperm(n, device=device)
@@ -260,6 +269,17 @@ class _Sum(torch.autograd.Function):
 # ---- a run of several processes
 
 
+class _Zero(nn.Module):
+    """0, by way of every parameter of a network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self) -> Tensor:
+        return torch.stack([p.sum() * 0 for p in self.network.parameters() if p.requires_grad]).sum()
+
+
 class Team:
     """The processes of one run: those that torchrun has started, or that share a process group already; else this one.
 
@@ -305,7 +325,14 @@ class Team:
         devices = [self.device] if self.device.type == "cuda" else None
         with warnings.catch_warnings():  # of the newer name of an argument
             warnings.simplefilter("ignore", FutureWarning)
-            return nn.parallel.DistributedDataParallel(network, devices, broadcast_buffers=False)
+            model = nn.parallel.DistributedDataParallel(network, devices, broadcast_buffers=False)
+        # After its first backward it arranges its buckets anew, and a sum over more than two processes is rounded by
+        # its place in them: the first step of a resumed run would differ in bits. So that backward is one of zeros.
+        model.module = _Zero(network)
+        model().backward()
+        model.module = network
+        network.zero_grad(set_to_none=True)
+        return model
 
     @torch.no_grad()
     def average_gradients(self, network: nn.Module) -> None:
@@ -326,12 +353,11 @@ class Team:
         """Whether it is so on any process."""
         return here if self.world == 1 else self.mean(torch.tensor(float(here), device=self.device)).item() > 0
 
-    def all(self, thing: Any) -> list[Any]:
-        """What each process has, on each."""
-        things = [thing] * self.world
+    def share_buffers(self, network: nn.Module) -> None:
+        """Give each process the leader's, such as running statistics where each has its own."""
         if self.world > 1:
-            dist.all_gather_object(things, thing)
-        return things
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
 
     @contextmanager
     def first(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,12 @@ def check_arguments(given: dict[str, Any]) -> dict[str, Any]:
     if config["augment"] != "auto":
         policy_named(config["augment"])
     return {key: plain(value) for key, value in config.items()}
+
+
+def defaults(function: Callable[..., Any], method: str) -> dict[str, Any]:
+    """The defaults of `train` and of a method, as args.yaml holds them: what a run had before they were arguments."""
+    parameters = {**inspect.signature(function).parameters, **method_arguments(method)}
+    return {name: plain(p.default) for name, p in parameters.items() if p.default is not p.empty}
 
 
 def instead_of(name: str, allowed: list[str]) -> str:

@@ -68,10 +68,15 @@ class Policy:
             factor = 1 if name == "strength" else self.strength
             _within(name, getattr(self, name), 0, most / factor if factor else math.inf)
         for name, most in (("crop_area", 1.0), ("crop_ratio", math.inf), ("sigma", math.inf)):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= most or math.isinf(high):
+            pair = getattr(self, name)
+            if (
+                not isinstance(pair, (tuple, list))
+                or len(pair) != 2
+                or not 0 < pair[0] <= pair[1] <= most
+                or math.isinf(pair[1])
+            ):
                 raise ValueError(
-                    f"{name}: got {(low, high)}, allowed: two numbers above 0, the smaller first"
+                    f"{name}: got {pair}, allowed: two numbers above 0, the smaller first"
                     f"{f', up to {most}' if most < math.inf else ''}"
                 )
 
@@ -101,6 +106,8 @@ def policy_named(name: str | Policy) -> Policy:
     """The policy of that name; a Policy is returned as it is."""
     if isinstance(name, Policy):
         return name
+    if not isinstance(name, str):
+        raise TypeError(f"augment: got {name!r}, allowed: a name of ssl_fast.augment.POLICIES or a Policy")
     if name not in POLICIES:
         allowed = ["auto", *POLICIES]
         raise ValueError(
@@ -113,7 +120,7 @@ def sample_view_params(
     index: Tensor,
     height: int | Tensor,
     width: int | Tensor,
-    policy: Policy,
+    policy: str | Policy,
     *,
     size: int,
     seed: int = 0,
@@ -129,18 +136,28 @@ def sample_view_params(
     Args:
         index: (N,), integers: the number of each image in its data set.
         height, width: of the images, in pixels; one for all, or (N,).
-        policy: what to draw; its `second` is the caller's business.
+        policy: what to draw, or a name of POLICIES; its `second` is the caller's business.
         size: pixels of a view's side, of which the blur's kernel takes 10%.
-        seed, epoch, view: whole numbers from 0 up.
+        seed, epoch, view: whole numbers from 0 to 2**32 - 1.
 
     Returns:
         (N, 15), fp32, on the CPU.
 
+    Raises:
+        ValueError: naming the argument; `crop_ratio` where no crop of an image has such a shape.
+
     Example:
         >>> params = sample_view_params(torch.arange(8), 32, 32, POLICIES["simclr_small"], size=32, epoch=3)
     """
+    policy = policy_named(policy)
+    if index.is_floating_point() or index.is_complex():
+        raise TypeError(f"index: got {index.dtype}, allowed: integers, the images' numbers in their data set")
     rows = np.asarray(index.cpu(), dtype=np.int64).astype(np.uint64)
     heights, widths = (np.broadcast_to(np.asarray(side, np.float64), rows.shape) for side in (height, width))
+    if (np.minimum(heights, widths) < 1).any():
+        raise ValueError(
+            f"height, width: got {heights.min():g}, {widths.min():g}, allowed: images of at least one pixel"
+        )
     state = _mix(_mix(rows) + np.uint64(seed_of((seed, epoch, view))))
     *box, u = np.split(_uniform(state, 0, 4 + len(COLUMNS)), (1, 2, 3, 4), axis=1)
     names = ("top", "left", "height", "width")
@@ -150,6 +167,12 @@ def sample_view_params(
         more = _uniform(state[failed], 64, 4 * (TRIES - 1)).reshape(len(failed), TRIES - 1, 4)
         again = _crops(more, heights[failed], widths[failed], policy)
         again = np.where(again[3] == 0, _largest(heights[failed], widths[failed], policy), again)
+        if (again[2:] < 1).any():
+            worst = failed[np.flatnonzero((again[2:] < 1).any(0))[0]]
+            raise ValueError(
+                f"crop_ratio: got {policy.crop_ratio}, which no crop of an image of {heights[worst]:g} x "
+                f"{widths[worst]:g} pixels has, allowed: ratios of width to height such as (3 / 4, 4 / 3)"
+            )
         for name, values in zip(names, again, strict=True):
             drawn[name][failed] = values
 
@@ -238,35 +261,37 @@ class TwoViews(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        many = {len(x) for x in (policy, size) if not isinstance(x, (str, Policy, int))}
+        many = {len(x) for x in (policy, size) if isinstance(x, Sequence) and not isinstance(x, str)}
         if len(many) > 1:
             raise ValueError(f"size: got {size}, allowed: one for all, or one for each of the policies")
         count = many.pop() if many else views
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"views: got {count!r}, allowed: a whole number from 1 up")
-        if isinstance(policy, (str, Policy)):
+        if isinstance(policy, str) or not isinstance(policy, Sequence):
             first = policy_named(policy)
             self.policies = [first] + [first.second or first] * (count - 1)
         else:
             self.policies = [policy_named(each) for each in policy]
-        self.sizes = [size] * count if isinstance(size, int) else list(size)
+        self.sizes = list(size) if isinstance(size, Sequence) else [size] * count
+        if not all(isinstance(each, int) and each > 0 for each in self.sizes):
+            raise ValueError(f"size: got {size!r}, allowed: whole numbers from 1 up, pixels of a view's side")
         self.seed, self.mean, self.std, self.dtype = seed, mean, std, dtype
 
     @torch.no_grad()
-    def forward(self, images: Any, index: Tensor | None = None, epoch: int = 0) -> tuple[Tensor, ...] | list[Tensor]:
+    def forward(self, images: Any, index: Any = None, epoch: int = 0) -> tuple[Tensor, ...] | list[Tensor]:
         """The views of a batch, each (N, C, size, size), channels_last, on the images' device.
 
         images: uint8 (N, C, H, W), or PackedImages. A single image, uint8 (C, H, W) or of Pillow, gives a list of (C,
         size, size).
-        index: (N,), the images' numbers in their data set. With (seed, epoch) they decide what is drawn, whatever else
-        is in the batch; without them, numbers are drawn from torch's global generator, which a DataLoader seeds in
-        each of its workers.
+        index: (N,), the images' numbers in their data set; of a single image one number. With (seed, epoch) they decide
+        what is drawn, whatever else is in the batch; without them, numbers are drawn from torch's global generator,
+        which a DataLoader seeds in each of its workers.
         """
         if not isinstance(images, PackedImages) and (not isinstance(images, Tensor) or images.dim() == 3):
-            return [view[0] for view in self(_as_tensor(images)[None], index, epoch)]
-        if index is None:
-            index = torch.randint(2**62, (len(images),))
-        elif index.shape != (len(images),):
+            own = None if index is None else torch.as_tensor(index).view(-1)
+            return [view[0] for view in self(_as_tensor(images)[None], own, epoch)]
+        index = torch.randint(2**62, (len(images),)) if index is None else torch.as_tensor(index)
+        if index.shape != (len(images),):
             raise ValueError(f"index: got shape {tuple(index.shape)}, allowed: ({len(images)},), one for each image")
         height, width = sizes_of(images)
         views: dict[int, Tensor] = {}
@@ -297,7 +322,9 @@ def _as_tensor(image: Any) -> Tensor:
 
 
 def seed_of(key: tuple[int, ...]) -> int:
-    """A 64-bit seed from a tuple of non-negative integers, well mixed: neighbours share nothing."""
+    """A 64-bit seed from a tuple of integers from 0 to 2**32 - 1, well mixed: neighbours share nothing."""
+    if not all(0 <= number < 2**32 for number in key):  # a longer one would take the place of its neighbour
+        raise ValueError(f"seed: got {key} with what it is combined with, allowed: whole numbers from 0 to 2**32 - 1")
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ssl_fast._distributed import rank_and_world
+from ssl_fast._distributed import everyone, rank_and_world
 from ssl_fast.memory import format_memory, free_memory, out_of_memory, parse_memory, peak_memory
 
 log = logging.getLogger("ssl_fast")
@@ -128,13 +128,14 @@ class CachedStep:
     At the first call micro-batches are measured (peak RSS on a CPU, max_memory_allocated on a GPU), each twice the one
     before, until one takes a quarter of the budget or a GiB; the line through them says how many rows fit. The
     step itself does not notice. Should memory run out all the same, the micro-batch is halved, a warning says so, and
-    the step begins again as if nothing had been: gradients, buffers and generators are those of before. In one of
-    several processes neither is done, as the others would not know: "auto" and a lack of memory are errors there.
+    the step begins again as if nothing had been: gradients, buffers and generators are those of before. Several
+    processes measure together, and take the smallest of what they find; a lack of memory is an error there, as the
+    others would not know of it.
 
     Args:
         micro_batch: "auto", or a number, which is taken as it is and never halved.
         memory: the budget, such as "20GiB", of all that the process holds on the encoder's device; default: what is
-            free.
+            free, on a CPU shared between the processes.
         reserve: bytes of the budget to leave to what comes later, such as the optimizer's state.
 
     Attributes:
@@ -170,11 +171,6 @@ class CachedStep:
         docstring has it: SimCLR passes both views as one batch."""
         encoders, rows = _check(encoder, views, 1)
         if self.micro_batch is None:
-            if rank_and_world()[1] > 1:
-                raise ValueError(
-                    "micro_batch: got 'auto' in one of several processes, allowed: a number there, the same on each, "
-                    "such as the one that 'auto' finds on a single process"
-                )
             self.micro_batch = self._find(encoders, views, rows)
             held = "the whole batch" if self.micro_batch >= rows else f"micro_batch {self.micro_batch}"
             log.info("micro_batch=auto: %s of %d rows", held, rows)
@@ -198,7 +194,8 @@ class CachedStep:
             _release()
 
     def _find(self, encoders: list[nn.Module], views: Sequence[Tensor], rows: int) -> int:
-        """The largest micro-batch whose peak, on the line through the measured ones, is within the budget."""
+        """The largest micro-batch whose peak, on the line through the measured ones, is within the budget, on each
+        process. All take as many measurements: the encoder may hold operations of all of them."""
         device = _device(encoders[0], views[0])
         budget = (free_memory(device) if self.memory is None else self.memory) - self.reserve
         state, width = _State(encoders), 0
@@ -216,13 +213,12 @@ class CachedStep:
                             torch.autograd.backward(z, torch.zeros_like(z))
 
         try:
-            sizes, peaks = [0], [peak_memory(lambda: None, device)]
-            while True:
-                sizes.append(min(max(4, 2 * sizes[-1]), rows))
+            sizes, peaks, done = [0], [peak_memory(lambda: None, device)], False
+            while not all(everyone(done)):
+                sizes.append(sizes[-1] if done else min(max(4, 2 * sizes[-1]), rows))
                 peaks.append(peak_memory(functools.partial(embed, sizes[-1]), device))
                 enough = peaks[-1] - peaks[0] > min(0.25 * (budget - peaks[0]), 2**30)
-                if sizes[-1] == rows or (enough and len(sizes) > 2):
-                    break
+                done = done or sizes[-1] == rows or (enough and len(sizes) > 2)
         finally:
             state.restore()
             _release()
@@ -231,7 +227,7 @@ class CachedStep:
         slope, start = np.polyfit(sizes, peaks, 1)
         slope = max(slope, 1)
         start += 2 * rows * width * len(views) // len(distinct)  # every embedding and its gradient
-        fits = int(MARGIN * (budget - start) / slope)
+        fits, budget, start, slope = min(everyone((int(MARGIN * (budget - start) / slope), budget, start, slope)))
         if fits >= rows * len(views):
             return rows
         if fits < 1:

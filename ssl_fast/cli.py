@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(command: Callable[..., Any], words: list[str]) -> tuple[list[str], dict[str, Any]]:
     """The names that stand alone, and the keys with their values."""
     pairs: dict[str, str] = {}
+    words = _joined(command, words)
     names = [w for w in words if _takes_names(command) and "=" not in w and not w.startswith("-")]
     for word in words:
         key, equals, value = word.partition("=")
@@ -98,6 +99,20 @@ def _parse(command: Callable[..., Any], words: list[str]) -> tuple[list[str], di
         if parameter.default is parameter.empty and key not in given:
             raise ValueError(f"{key}= is missing; `ssl-fast {command.__name__} --help` explains every key")
     return names, given
+
+
+def _joined(command: Callable[..., Any], words: list[str]) -> list[str]:
+    """`--quick` as --quick=true, and `--device cpu` as --device=cpu."""
+    parameters = inspect.signature(command, eval_str=True).parameters
+    flags = {f"--{key}" for key, p in parameters.items() if bool in _kinds(p.annotation)}
+    joined: list[str] = []
+    for word in words:
+        last = joined[-1] if joined else ""
+        if last.startswith("--") and "=" not in last + word and not word.startswith("-"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(f"{word}=true" if word in flags else word)
+    return joined
 
 
 def _takes_names(command: Callable[..., Any]) -> bool:
@@ -155,9 +170,9 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 def _example(command: Callable[..., Any], word: str) -> str:
-    parameters = inspect.signature(command).parameters
+    allowed = _allowed(command, "simclr")
     key = word.lstrip("-")
-    return f"{key}=..." if key in parameters else f"{next(iter(parameters), 'key')}=..."
+    return f"{key}=..." if key in allowed else f"{next(iter(allowed), 'key')}=..."
 
 
 def _defaults(command: Callable[..., Any]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from ssl_fast._extras import nearest, require
 from ssl_fast.augment import seed_of
-from ssl_fast.folder import ImageFiles, WholeImages, find_images
+from ssl_fast.folder import ImageFiles, WholeImages, decode_jpegs, decodes_jpegs, find_images
 from ssl_fast.ops.two_views import PackedImages
 
+T = TypeVar("T")
 NAMES = ("digits", "fashion_mnist", "cifar10", "stl10")
 CACHE = Path(os.environ.get("SSL_FAST_DATA", "~/.cache/ssl_fast")).expanduser()
 FASHION_FILES = [f"{s}-{kind}-ubyte" for s in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -39,7 +41,8 @@ class Split:
 class ImageData:
     """What a run needs: `train` for the method, and labelled `bank` and `test` for kNN and probes, or None.
 
-    `size` is the side of a view in pixels by default; `notes` tell how the splits were made.
+    `size` is the side of a view in pixels by default; `notes` tell how the splits were made; `classes` are the names
+    of a folder's classes, in the order of their labels.
     """
 
     name: str
@@ -49,6 +52,7 @@ class ImageData:
     bank: Split | None = None
     test: Split | None = None
     notes: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
 
 
 def load_data(data: str | Path, data_dir: str | Path | None = None, image_size: int | None = None) -> ImageData:
@@ -98,13 +102,33 @@ def in_order(n: int, batch_size: int) -> list[Tensor]:
     return list(torch.arange(n).split(batch_size))
 
 
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items in their order, the next of which a thread prepares while the caller is busy with one.
+
+    The thread ends with the iteration, wherever that stops, and what it raises is raised here.
+    """
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1, "ssl_fast_ahead") as thread:
+        coming = thread.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, iterator, end)
+            yield item  # type: ignore[misc]
+
+
 class Loader:
     """Batches of a split on a device: `for images, indices in loader(batches)`.
 
     In memory: indexed where they are, and kept on the device when they take less than 1 GiB. Files: decoded by
-    `num_workers` processes ahead of the training, to squares, or `whole` and packed. Yields uint8 images, (B, C, H, W)
+    `num_workers` processes ahead of the training, to squares, or `whole` and packed; of whole images a GPU decodes the
+    JPEGs itself where torchvision's nvJPEG works, and the processes only read them. Yields uint8 images, (B, C, H, W)
     or PackedImages, and the indices (B,) of the images delivered, which differ from those asked for where a file could
     not be read.
+
+    For a GPU, a thread fetches the batch after the one in use: it reads or decodes where no process does, and copies on
+    a stream of its own, which does not wait for the step before. On a CPU nothing but the processes works ahead: a
+    thread would take its time from the cores that the step runs on, whose loops wait for the slowest of their own
+    threads. For the same reason views are made between the steps there, by all cores; on a GPU they are launched while
+    the step before still runs.
     """
 
     def __init__(self, split: Split, device: torch.device, num_workers: int = 0, whole: bool = False) -> None:
@@ -113,12 +137,13 @@ class Loader:
             if self.images.nbytes < 2**30:
                 self.images = self.images.to(device)
             return
+        self._nvjpeg = whole and decodes_jpegs(device)
         self._batches: list[list[int]] = []
         self._loader = torch.utils.data.DataLoader(
-            WholeImages(self.images) if whole else self.images,
+            WholeImages(self.images, self._nvjpeg) if whole else self.images,
             batch_sampler=self._batches,
             num_workers=num_workers,
-            collate_fn=_pack if whole else None,
+            collate_fn=_flat if self._nvjpeg else _pack if whole else None,
             persistent_workers=num_workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_start_worker,
@@ -126,20 +151,64 @@ class Loader:
         )
 
     def __call__(self, batches: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:
-        if isinstance(self.images, Tensor):
-            for indices in batches:
-                images = self.images[indices.to(self.images.device)]
-                yield images.to(self.device, non_blocking=True), indices
-            return
+        loaded = self._loaded(batches)
+        if not self._fetches_ahead():
+            return ((images.to(self.device, non_blocking=True), indices) for images, indices in loaded)
+        return self._received(ahead(self._sent(loaded)))
+
+    def _fetches_ahead(self) -> bool:
+        return self.device.type == "cuda" and not (isinstance(self.images, Tensor) and self.images.is_cuda)
+
+    def _loaded(self, batches: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:
+        """Where they are read."""
+        images = self.images
+        if isinstance(images, Tensor):
+            return ((images[indices.to(images.device)], indices) for indices in batches)
         self._batches[:] = [indices.tolist() for indices in batches]
-        for images, indices in self._loader:
-            self.images.report(indices)
-            yield images.to(self.device, non_blocking=True), indices[:, 1]
+        return map(self._decoded, iter(self._loader))  # the processes start here, in the caller's thread
+
+    def _decoded(self, batch: Any) -> tuple[Any, Tensor]:
+        assert isinstance(self.images, ImageFiles)
+        images, indices = _pack(decode_jpegs(_items(batch), self.images, self.device)) if self._nvjpeg else batch
+        self.images.report(indices)
+        return images, indices[:, 1]
+
+    def _sent(self, loaded: Iterator[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor, Any]]:
+        """On the device, and what says that they are there."""
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        while True:
+            with torch.cuda.stream(stream):
+                batch = next(loaded, None)  # nvJPEG decodes on that stream
+                if batch is None:
+                    return
+                images = batch[0].to(self.device, non_blocking=True)
+            yield images, batch[1], stream and stream.record_event()
+
+    def _received(self, sent: Iterator[tuple[Any, Tensor, Any]]) -> Iterator[tuple[Any, Tensor]]:
+        for images, indices, there in sent:
+            if there:
+                current = torch.cuda.current_stream(self.device)
+                current.wait_event(there)
+                images.data.record_stream(current)  # of a tensor, or the buffer of PackedImages
+            yield images, indices
 
 
 def _pack(items: list[tuple[Tensor, Tensor]]) -> tuple[PackedImages, Tensor]:
     images, indices = zip(*items, strict=True)
     return PackedImages.of(images), torch.stack(indices)
+
+
+def _flat(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (3, H, W) and files in one buffer, for a process may hand over few tensors; `_items` takes it apart."""
+    data, indices = zip(*items, strict=True)
+    shapes = torch.tensor([(x.numel(), *(x.shape[1:] if x.dim() == 3 else (0, 0))) for x in data])
+    return torch.cat([x.flatten() for x in data]), shapes, torch.stack(indices)
+
+
+def _items(batch: tuple[Tensor, Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    data, shapes, indices = batch
+    parts = zip(data.split(shapes[:, 0].tolist()), shapes[:, 1:].tolist(), strict=True)
+    return list(zip((part.view(3, *shape) if shape[0] else part for part, shape in parts), indices, strict=True))
 
 
 def _start_worker(worker: int) -> None:
@@ -268,4 +337,4 @@ def _folder(root: Path, size: int) -> ImageData:
     for split in (train, test):
         if split and isinstance(split.images, ImageFiles):
             split.images.check()
-    return ImageData(str(root), size, 3, train, train if test else None, test, notes)
+    return ImageData(str(root), size, 3, train, train if test else None, test, notes, classes)

@@ -20,7 +20,7 @@ from ssl_fast.data import ImageData, Split, load_data
 from ssl_fast.features import encode, folded, load_encoder, saved_at
 from ssl_fast.finetune import balanced_subset, finetune, freeze_through, subset
 from ssl_fast.knn import KNN_T, knn_accuracy, knn_k
-from ssl_fast.probe import linear_probe, probe_named
+from ssl_fast.probe import PROBES, linear_probe, probe_named
 from ssl_fast.run import pick_device, read_checkpoint, write_atomically
 
 log = logging.getLogger("ssl_fast")
@@ -91,7 +91,9 @@ def evaluate(
         >>> evaluate("out/digits", protocol="finetune", label_fraction=0.1, seeds=3)["finetune_std"]
     """
     protocols = [p.strip() for p in protocol.split(",")]
-    _check(protocols, initial, freeze, seeds, seed, epochs, lr)
+    _check(protocols, initial, probe, freeze)
+    _check_numbers(lr, seeds=(seeds, 1), seed=(seed, 0), epochs=(epochs, 1), batch_size=(batch_size, 1),
+                   num_workers=(num_workers, 0))  # fmt: skip
     path = saved_at(checkpoint)
     saved = read_checkpoint(path)
     args, chosen, random, whole = saved["args"], pick_device(device), initial == "random", label_fraction == 1
@@ -99,7 +101,7 @@ def evaluate(
     images.channels = saved["channels"]
     bank, test, classes = _labelled(images)
     assert bank.labels is not None
-    taken = {s: balanced_subset(bank.labels, label_fraction, s) for s in range(seed, seed + seeds)}
+    taken = {s: balanced_subset(bank.labels, label_fraction, s, images.classes) for s in range(seed, seed + seeds)}
     if "transfer" in protocols:
         freeze_through(load_encoder(saved, model), freeze)  # raises before any work is done
     count = len(taken[seed])
@@ -145,10 +147,9 @@ def evaluate(
     return result
 
 
-def _check(
-    protocols: list[str], initial: str, freeze: str, seeds: int, seed: int, epochs: int | None, lr: float | None
-) -> None:
-    for name, value, allowed in [*(("protocol", p, PROTOCOLS) for p in protocols), ("initial", initial, INITIAL)]:
+def _check(protocols: list[str], initial: str, probe: str, freeze: str) -> None:
+    words = [*(("protocol", p, PROTOCOLS) for p in protocols), ("initial", initial, INITIAL), ("probe", probe, PROBES)]
+    for name, value, allowed in words:
         if value not in allowed:
             several = ", or several with commas between" if name == "protocol" else ""
             raise ValueError(
@@ -156,7 +157,10 @@ def _check(
             )
     if freeze != "none" and "transfer" not in protocols:
         raise ValueError(f"freeze: got {freeze!r} without protocol=transfer, allowed: none; add protocol=transfer")
-    for name, number, low in (("seeds", seeds, 1), ("seed", seed, 0), ("epochs", epochs, 1)):
+
+
+def _check_numbers(lr: float | None, **at_least: tuple[int | None, int]) -> None:
+    for name, (number, low) in at_least.items():
         if number is not None and (not isinstance(number, int) or number < low):
             raise ValueError(f"{name}: got {number!r}, allowed: a whole number >= {low}")
     if lr is not None and not 0 < lr < math.inf:
@@ -173,10 +177,11 @@ def _labelled(images: ImageData) -> tuple[Split, Split, int]:
         )
     known, tested = (set(labels.unique().tolist()) for labels in (bank.labels, test.labels))
     if known != tested:
-        where = "test" if known - tested else "training"
+        where, label = "test" if known - tested else "training", min(known ^ tested)
+        name = repr(images.classes[label]) if images.classes else label
         raise ValueError(
             f"data: {images.name} has {len(known)} classes to learn from and {len(tested)} to test on, allowed: the "
-            f"same in both; add {where} images of class {min(known ^ tested)}, or leave that class out"
+            f"same in both; add {where} images of class {name}, in folders train/ and test/, or leave that class out"
         )
     return bank, test, len(known)
 
@@ -212,14 +217,15 @@ def knn_on(
     device: torch.device,
     num_workers: int = 0,
     test: tuple[Tensor, Tensor] | None = None,
+    together: bool = False,
 ) -> dict[str, float]:
     """kNN accuracy of an encoder on a labelled data set, with the k and temperature it was taken at.
 
-    `test` is what `encode` returned for data.test, where that is at hand.
+    `test` is what `encode` returned for data.test, where that is at hand; `together` is as there.
     """
     assert data.bank is not None and data.test is not None
-    bank = encode(encoder, data.bank, data.size, device, num_workers=num_workers)
-    test = test or encode(encoder, data.test, data.size, device, num_workers=num_workers)
+    bank = encode(encoder, data.bank, data.size, device, num_workers=num_workers, together=together)
+    test = test or encode(encoder, data.test, data.size, device, num_workers=num_workers, together=together)
     k = knn_k(len(bank[0]))
     return {"knn": round(knn_accuracy(*bank, *test, k=k), 6), "knn_k": k, "knn_t": KNN_T}
 

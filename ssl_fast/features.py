@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssl_fast._distributed import rank_and_world
+from ssl_fast._folded import _Folded
 from ssl_fast.augment import plain_view
 from ssl_fast.backbones import build_encoder
 from ssl_fast.data import ImageData, Loader, Split, in_order
-from ssl_fast.fold import _Folded, eval_mode, fold_conv_bn
+from ssl_fast.fold import eval_mode, fold_conv_bn
 from ssl_fast.methods import METHODS
+from ssl_fast.ops.two_views import GRAY
 from ssl_fast.progress import counted
 
 log = logging.getLogger("ssl_fast")
-GRAY = (0.299, 0.587, 0.114)  # the luma of ITU-R BT.601, as Pillow's
 
 
 def load_encoder(saved: dict[str, Any], model: nn.Module | None = None, seed: int | None = None) -> nn.Module:
@@ -101,25 +104,30 @@ def encode(
     *,
     channels: int | None = None,
     title: str | None = None,
+    together: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Features (N, F), fp32, and labels (N,) of a split, both on the device; the encoder in eval mode.
 
     Images are resized to `size` and, where given, brought to 1 or 3 channels. With a title, progress is shown. Without
-    labels, the labels are -1. Every module is left in the mode it was in.
+    labels, the labels are -1. Every module is left in the mode it was in. `together`: every process of
+    torch.distributed, with the same encoder, embeds a share of the batches and gets all of the features.
     """
-    features, labels, done = torch.empty(0), [], 0
+    features = torch.empty(0)
     known = split.labels if split.labels is not None else torch.full((len(split),), -1)
-    batches = in_order(len(split), batch_size)
+    rank, world = rank_and_world() if together else (0, 1)
+    every = in_order(len(split), batch_size)
+    batches = every[rank::world] or every[:1]  # which tells the width where there are fewer than processes
     loaded = Loader(split, device, num_workers)(batches)
     with eval_mode(encoder):
         for images, indices in counted(loaded, len(batches), title) if title else loaded:
             h = encoder(plain_view(as_channels(images, channels or images.shape[1]), size))
-            if not done:
-                features = torch.empty(len(split), *h.shape[1:], device=device)
-            features[done : done + len(h)] = h
-            labels.append(known[indices])
-            done += len(h)
-    return features, torch.cat(labels).to(device)
+            if not len(features):
+                features = torch.zeros(len(split), *h.shape[1:], device=device)
+            if rank < len(every):
+                features[indices[0] : indices[0] + len(h)] = h
+    if world > 1:
+        dist.all_reduce(features)  # of rows that are 0 on all processes but one
+    return features, known.to(device)
 
 
 def as_channels(images: Tensor, channels: int) -> Tensor:

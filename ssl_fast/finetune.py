@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_fast._extras import nearest
+from ssl_fast._folded import _Folded
 from ssl_fast.augment import POLICIES, Policy, TwoViews, seed_of
 from ssl_fast.backbones import _width
 from ssl_fast.data import ImageData, Loader, Split, epoch_batches
 from ssl_fast.features import as_channels, encode, folded
-from ssl_fast.fold import _Folded
 from ssl_fast.folder import ImageFiles
 from ssl_fast.optim import SCHEDULES
 from ssl_fast.progress import counted
@@ -25,7 +25,7 @@ log = logging.getLogger("ssl_fast")
 FINETUNE_BATCH, FINETUNE_LR = 256, 0.05  # SimCLR, section B.5
 
 
-def balanced_subset(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
+def balanced_subset(labels: Tensor, fraction: float, seed: int = 0, names: Sequence[str] = ()) -> Tensor:
     """Indices, sorted, of a share of the images with as many of each class (SimCLR, section 4.2, on 1% and 10%).
 
     Of each class round(fraction * N / classes) images. The same at every call with a seed, and those of a smaller
@@ -35,6 +35,7 @@ def balanced_subset(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
         labels: classes (N,), integers from 0.
         fraction: above 0, at most 1.
         seed: of the draw.
+        names: of the classes, for errors.
 
     Raises:
         ValueError: where that is less than one image of a class, or more than a class has.
@@ -48,7 +49,8 @@ def balanced_subset(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
         return torch.arange(len(labels))
     classes, counts = labels.unique(return_counts=True)
     each, fewest = round(fraction * len(labels) / len(classes)), int(counts.min())
-    rarest = int(classes[counts.argmin()])
+    label = int(classes[counts.argmin()])
+    rarest = names[label] if names else label
     if not 1 <= each <= fewest:
         low, high = (math.ceil(0.501 * len(classes) / len(labels) * 1e4) / 1e4, fewest * len(classes) / len(labels))
         raise ValueError(

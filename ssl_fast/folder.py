@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssl_fast._extras import nearest, require
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 TRIES = 100  # files in a row that may be unreadable before the folder is taken to be broken
+ORIENTATION, END = 0x0112, b"\xff\xd9"  # of a JPEG: the tag of its EXIF data, and its last bytes
 log = logging.getLogger("ssl_fast")
 
 
@@ -90,6 +94,27 @@ class ImageFiles(torch.utils.data.Dataset):
         width, height = image.size
         return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
 
+    def jpeg(self, index: int) -> Tensor | None:
+        """The bytes of a whole JPEG that lies as it is to be seen; None for any other file."""
+        try:
+            data = self.files[index].read_bytes()
+            with require("PIL.Image", "decoding images").open(io.BytesIO(data)) as image:
+                upright = image.getexif().get(ORIENTATION, 1) == 1
+                if image.format != "JPEG" or image.mode not in ("L", "RGB") or not upright or data[-2:] != END:
+                    return None
+        except Exception:  # `get` finds out, and takes another
+            return None
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def reduced(self, image: Tensor) -> Tensor:
+        """A decoded image (3, H, W) averaged as `_decode` does, which averages by 1/2, 1/4 or 1/8 first."""
+        for scale in (8, 4, 2):
+            if min(image.shape[1:]) >= scale * self.size:
+                image = _averaged(image, scale)
+                break
+        factor = min(image.shape[1:]) // self.size
+        return _averaged(image, factor) if factor > 1 else image
+
     def report(self, indices: Tensor) -> None:
         """Warn of each file that was replaced in a batch of (asked, delivered) indices, once in the run."""
         for asked, used in indices[indices[:, 0] != indices[:, 1]].tolist():
@@ -103,15 +128,64 @@ class ImageFiles(torch.utils.data.Dataset):
             self.report(self[index][1].unsqueeze(0))
 
 
+def _averaged(image: Tensor, factor: int) -> Tensor:
+    """Over squares of pixels, cut off at the right and the bottom."""
+    return F.avg_pool2d(image.float(), factor, ceil_mode=True, count_include_pad=False).round().byte()
+
+
 class WholeImages(torch.utils.data.Dataset):
     """Those images as uint8 (3, H, W), each in its own shape, for crops; averaged over whole pixels to a shorter side
-    below twice ImageFiles' where it is longer."""
+    below twice ImageFiles' where it is longer.
 
-    def __init__(self, images: ImageFiles) -> None:
-        self.images = images
+    With `jpegs`, files that `decode_jpegs` takes stay as they are, in bytes.
+    """
+
+    def __init__(self, images: ImageFiles, jpegs: bool = False) -> None:
+        self.images, self.jpegs = images, jpegs
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images.get(index, whole=True)
+        data = self.images.jpeg(index) if self.jpegs else None
+        return self.images.get(index, whole=True) if data is None else (data, torch.tensor([index, index]))
+
+
+def decodes_jpegs(device: torch.device) -> bool:
+    """Whether this is a GPU on which torchvision decodes JPEGs."""
+    if device.type != "cuda":
+        return False
+    try:
+        file = io.BytesIO()
+        require("PIL.Image", "decoding images").new("RGB", (8, 8)).save(file, "JPEG")
+        return _decode_on(device, [torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)])[0].shape[0] == 3
+    except Exception as error:  # built without it, without a driver for it, or removed from torchvision
+        log.debug("JPEGs are decoded on the CPU: %s", error)
+        return False
+
+
+def _decode_on(device: torch.device, files: list[Tensor]) -> list[Tensor]:
+    torchvision_io = require("torchvision.io", "decoding images on a GPU")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision names a package that follows it
+        return torchvision_io.decode_jpeg(files, torchvision_io.ImageReadMode.RGB, device=device)
+
+
+def decode_jpegs(
+    items: list[tuple[Tensor, Tensor]], images: ImageFiles, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """WholeImages' items on a device: the JPEGs among them decoded there in one call, in the sizes that Pillow's have.
+
+    A batch with a file that the device cannot decode is decoded by Pillow, which replaces that file.
+    """
+    files = [data for data, _ in items if data.dim() == 1]
+    try:
+        decoded = iter(_decode_on(device, files) if files else [])
+    except RuntimeError as error:
+        log.debug("a batch of JPEGs is decoded on the CPU: %s", error)
+        items = [images.get(int(indices[0]), whole=True) if x.dim() == 1 else (x, indices) for x, indices in items]
+        decoded = iter(())
+    return [
+        (images.reduced(next(decoded)) if data.dim() == 1 else data.to(device, non_blocking=True), indices)
+        for data, indices in items
+    ]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ssl_fast._distributed import rank_and_world
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -40,7 +43,8 @@ def format_memory(number: float) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may take in all, what it has already included: a share of what is free now."""
+    """Bytes that this process may take in all, what it has already included: a share of what is free now, of which the
+    processes of a run on one machine's CPUs take equal parts."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         taken = torch.cuda.memory_allocated(device)
@@ -49,7 +53,8 @@ def free_memory(device: torch.device) -> int:
     for limit, used in zip(LIMITS, USED, strict=True):
         with contextlib.suppress(OSError, ValueError):  # "max" where there is none
             free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return resident_memory("VmRSS") + int(free * SHARE_OF_FREE)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", rank_and_world()[1]))
+    return resident_memory("VmRSS") + int(free * SHARE_OF_FREE) // processes
 
 
 def resident_memory(field: str) -> int:
@@ -82,8 +87,9 @@ def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or on a CPU."""
     ran_out = ("out of memory", "can't allocate memory", "not enough memory")
+    of_onednn = ("could not create a primitive", "could not execute a primitive")  # the whole message
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in ran_out)
+        isinstance(error, RuntimeError) and (any(words in str(error) for words in ran_out) or str(error) in of_onednn)
     )
 
 

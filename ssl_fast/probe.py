@@ -34,7 +34,7 @@ def linear_probe(
     "sgd" is the recipe of MoCo (arXiv 1911.05722, section 4.1), which others took over:
     momentum 0.9, no weight decay, batches of 256, learning rate 30, a tenth of it from 60% and from 80% of 100 epochs
     on. Its rate is one of features of about unit length, to which they are scaled. "logistic" is scikit-learn's
-    regression (C=1, L-BFGS). Both are deterministic.
+    regression (C=1, L-BFGS), on one thread. Both are deterministic.
 
     Args:
         bank, queries: features (B, F) to learn from and (Q, F) to test on.
@@ -47,14 +47,7 @@ def linear_probe(
         >>> linear_probe(h_train, y_train, h_test, y_test)
     """
     if probe_named(probe, len(bank)) == "logistic":
-        linear = require("sklearn.linear_model", "the linear probe")
-        pipeline, preprocessing = (
-            require("sklearn.pipeline", "the probe"),
-            require("sklearn.preprocessing", "the probe"),
-        )
-        regression = pipeline.make_pipeline(preprocessing.StandardScaler(), linear.LogisticRegression(max_iter=2000))
-        regression.fit(bank.cpu().numpy(), bank_labels.cpu().numpy())
-        return float(regression.score(queries.cpu().numpy(), query_labels.cpu().numpy()))
+        return _regression(bank, bank_labels, queries, query_labels)
     std, mean = torch.std_mean(bank, 0, correction=0)
     scale = torch.where(std > 0, std, 1.0).reciprocal() / math.sqrt(bank.shape[1])
     classifier = _trained(
@@ -73,6 +66,19 @@ def probe_named(probe: str, images: int) -> str:
     if probe not in PROBES:
         raise ValueError(f"probe: got {probe!r}, {nearest(str(probe), list(PROBES))}allowed: {', '.join(PROBES)}")
     return ("logistic" if images <= SMALL_DATA else "sgd") if probe == "auto" else probe
+
+
+def _regression(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor) -> float:
+    linear, pipeline, preprocessing, pools = (
+        require(module, "the linear probe")
+        for module in ("sklearn.linear_model", "sklearn.pipeline", "sklearn.preprocessing", "threadpoolctl")
+    )
+    classifier = pipeline.make_pipeline(preprocessing.StandardScaler(), linear.LogisticRegression(max_iter=2000))
+    # One thread: each of its hundreds of steps is a millisecond of work, after which two threads that share their
+    # cores with other programs wait for each other far longer.
+    with pools.threadpool_limits(1):
+        classifier.fit(bank.cpu().numpy(), bank_labels.cpu().numpy())
+        return float(classifier.score(queries.cpu().numpy(), query_labels.cpu().numpy()))
 
 
 def _trained(x: Tensor, labels: Tensor, mean: Tensor, scale: Tensor, epochs: int, lr: float, seed: int) -> nn.Linear:

@@ -72,7 +72,7 @@ class Stopwatch:
     def lap(self) -> dict[str, float]:
         """`images_per_s` and `data_wait` (0 to 1) since the last lap."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        row = {"images_per_s": round(self._images / seconds, 1), "data_wait": round(self._waited / seconds, 4)}
+        row = {"images_per_s": float(f"{self._images / seconds:.4g}"), "data_wait": round(self._waited / seconds, 4)}
         self.restart()
         return row
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,17 @@ class Run:
         args.yaml  metrics.jsonl  train.log  checkpoints/last.pt  plots/  report.html  events.out.tfevents.*
 
     The constructor only checks: nothing is written before `open`, and nothing at all where `writes` is False, by the
-    other processes of a run.
+    other processes of a run. An argument that a run was saved without has its value in `defaults`.
     """
 
     def __init__(
-        self, out: str | Path, config: dict[str, Any], resume: bool | str, overwrite: bool, writes: bool = True
+        self,
+        out: str | Path,
+        config: dict[str, Any],
+        resume: bool | str,
+        overwrite: bool,
+        defaults: dict[str, Any],
+        writes: bool = True,
     ) -> None:
         if resume not in (True, False, "auto"):
             raise ValueError(f"resume: got {resume!r}, allowed: True, False, 'auto'")
@@ -48,7 +55,7 @@ class Run:
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out: {self.out} is a file, allowed: a folder")
         if self.resume:
-            self._check_resume()
+            self._check_resume(defaults)
         elif overwrite and self.out.exists() and any(self.out.iterdir()) and not self._is_run():
             raise FileExistsError(
                 f"out: {self.out} is not empty and holds no run to overwrite, allowed: an empty folder or that of a "
@@ -67,11 +74,12 @@ class Run:
             return False
         return True
 
-    def _check_resume(self) -> None:
+    def _check_resume(self, defaults: dict[str, Any]) -> None:
         before = read_args(self.out)
         if self.last.exists():
             self.saved = read_checkpoint(self.last)
             before = self.saved["args"]
+        before = {key: value for key, value in defaults.items() if key in self.config} | before
         changed = [
             f"{key}: was {before.get(key)!r}, now {self.config.get(key)!r}"
             for key in dict.fromkeys([*before, *self.config])
@@ -207,8 +215,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if not {"args", "step", "model"} <= set(saved):
             raise KeyError(f"it holds {', '.join(map(str, list(saved)[:4]))}, not args, step and model")
     except Exception as error:
+        # What PyTorch says to that is to load it all the same, and run what code it holds.
+        reason = "it is not of tensors and plain values" if isinstance(error, pickle.UnpicklingError) else error
         raise ValueError(
-            f"checkpoint: {path} is not a checkpoint of ssl_fast.train ({error}), allowed: checkpoints/last.pt of a run"
+            f"checkpoint: {path} is not a checkpoint of ssl_fast.train ({reason}), "
+            "allowed: checkpoints/last.pt of a run"
         ) from error
     return saved
 

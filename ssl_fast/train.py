@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_fast._distributed import Team
+from ssl_fast._distributed import Team, everyone
 from ssl_fast.accelerate import accelerate as accelerated
-from ssl_fast.arguments import check_arguments
+from ssl_fast.arguments import check_arguments, defaults
 from ssl_fast.augment import Policy, TwoViews, policy_named, seed_of
 from ssl_fast.backbones import SMALL_IMAGE, build_encoder
 from ssl_fast.cached import CachedStep
@@ -84,7 +84,9 @@ def train(
     Args:
         out: folder for args.yaml, metrics.jsonl, train.log, TensorBoard events, checkpoints/, plots/ and
             report.html, which shows it all.
-        data: "digits", "fashion_mnist", "cifar10", "stl10", or the path of a folder of images.
+        data: "digits", "fashion_mnist", "cifar10", "stl10", or the path of a folder of images. Those whose shorter side
+            is 16/7 of `image_size` or more are averaged over whole pixels to below that, or decoded so, before the
+            crop, which keeps a batch of large photographs small; ImageNet's, of 375 pixels or so, stay as they are.
         method: "simclr", "barlow_twins", "moco_v1" or "moco_v2"; each with the optimizer, schedule and augmentation of
             its paper where they are "auto".
         model: "convnet", a torchvision or timm name, or an nn.Module from images to (N, features).
@@ -107,8 +109,8 @@ def train(
             have the same keys.
         micro_batch: images of a view that the encoder holds activations of at once, while the loss sees the whole batch
             (`ssl_fast.CachedStep`): a second forward pass for the memory of a small batch. "auto" finds the largest
-            that fits, in a run of one process. With batch norm, statistics are those of a micro-batch. None is the
-            plain step, both views at once.
+            that fits, the smallest of several processes'. With batch norm, statistics are those of a micro-batch. None
+            is the plain step, both views at once.
         memory: the budget of "auto", such as "20GiB"; default what is free.
         checkpoint_stages: keep the activations between the stages of the encoder alone, and compute the others again in
             the backward.
@@ -127,8 +129,8 @@ def train(
         overwrite: replace the run in `out`.
         method_args: further arguments of the method; for SimCLR head="nonlinear" | "linear" | "none", dim=128,
             temperature=0.5; for Barlow Twins dim=8192, lambda_param=5e-3; for MoCo dim=128, K=65536, m=0.999, T=0.07
-            (0.2 in v2), mlp=False (True in v2), and bn_splits=8, the parts of a batch that batch norm sees apart. Few
-            images want a short queue and a quick key encoder: K=4096, m=0.99 for CIFAR-10.
+            (0.2 in v2), mlp=False (True in v2), and bn_splits=8, the parts of a batch, or of a micro-batch, that batch
+            norm sees apart. Few images want a short queue and a quick key encoder: K=4096, m=0.99 for CIFAR-10.
 
     Returns:
         A dict: `checkpoint`, `step`, `epoch`, and the last `loss`, `std`, `knn` and `probe` recorded.
@@ -144,7 +146,8 @@ def train(
     """
     config = check_arguments(locals())
     team, recipe = Team(pick_device, device), METHODS[method]
-    run, chosen, local_batch = Run(out, config, resume, overwrite, team.leads), team.device, team.share(batch_size)
+    run = Run(out, config, resume, overwrite, defaults(train, method), team.leads)
+    chosen, local_batch = team.device, team.share(batch_size)
     with team.first():  # which downloads
         images = load_data(data, data_dir, image_size)
     _check_batch(batch_size, images)
@@ -157,7 +160,7 @@ def train(
     if checkpoint_stages:
         checkpointed(encoder)
     network = recipe.build(encoder, features, **method_args).to(chosen)
-    network.check_batch(local_batch)
+    network.check_batch(local_batch, micro_batch)
     network.to(memory_format=torch.channels_last)
     norms = [accelerated(network, trace=False).summary] if accelerate else []
     views = TwoViews(_policy(augment, recipe, images), images.size, seed=seed)
@@ -177,15 +180,10 @@ def train(
     if not team.leads:  # draws of the network itself, as dropout's, differ between processes
         seed_everything(seed_of((seed, team.rank)))
     step = _restore(run.saved, network, optim, images, team, seed) if run.saved else 0
-    if probe and run.saved:
+    if probe and run.saved and run.saved.get("probe"):  # which starts now in a run from before there was one
         probe.load_state_dict(run.saved["probe"])
     cached = None
     if micro_batch is not None:
-        if not hasattr(network, "cached"):
-            raise ValueError(
-                f"micro_batch: got {micro_batch!r} with method {method!r}, allowed: with simclr alone; MoCo's "
-                "negatives come from its queue, so lower batch_size and leave K"
-            )
         states = 0 if run.saved else {"adamw": 2}.get(optimizer, 1)  # tensors that the optimizer will hold of each
         reserve = states * sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
         cached = CachedStep(micro_batch, memory, reserve=reserve)
@@ -201,12 +199,13 @@ def train(
         nonlocal evaluated
         epoch = step // steps_per_epoch
         knn, probes = (bool(n) and (epoch % n == 0 or step == total) for n in (knn_every, probe_every))
-        if not team.leads or images.test is None or not (knn or (probes and step)):
+        if images.test is None or not (knn or (probes and step)):
             return
+        team.share_buffers(encoder)
         evaluated = folded(evaluated, images, chosen)
-        test = encode(evaluated, images.test, images.size, chosen, num_workers=workers)
+        test = encode(evaluated, images.test, images.size, chosen, num_workers=workers, together=True)
         row: dict[str, Any] = {"step": step, "epoch": round(step / steps_per_epoch, 4)}
-        row |= knn_on(evaluated, images, chosen, workers, test) if knn else {}
+        row |= knn_on(evaluated, images, chosen, workers, test, together=True) if knn else {}
         row |= {"probe": round(probe.accuracy(*test), 6)} if probe and probes and step else {}
         run.record(row)
         progress.show(row, line=True)
@@ -217,7 +216,7 @@ def train(
         facts = {"args": run.config, "named": isinstance(model, str), "step": step}
         facts |= {"images": len(images.train), "image_size": images.size, "channels": images.channels}
         facts |= {"micro_batch": cached and cached.micro_batch, "probe": probe and probe.state_dict()}
-        state = {"model": network.state_dict(), "optimizer": optim.state_dict(), "rng": team.all(rng_state())}
+        state = {"model": network.state_dict(), "optimizer": optim.state_dict(), "rng": everyone(rng_state())}
         run.save(facts | state, copy=f"epoch_{epoch:04d}.pt" if keep else None)
 
     team.wait()  # until every process has looked into the folder
@@ -237,8 +236,8 @@ def train(
                 measure()
             network.train()
             watch.restart()
-            for epoch, batch, indices in watch.waiting(_batches(images, team, workers, batch_size, seed, step, epochs)):
-                view1, view2 = views(batch, indices, epoch)
+            batches = _batches(images, team, workers, batch_size, views, step, epochs)
+            for batch, indices, (view1, view2) in watch.waiting(batches):
                 if step == 0 and team.leads:
                     plot_views(batch, view1, view2, run.plots / "views.png")
                 factor = factor_of(step, total, warmup)
@@ -254,8 +253,9 @@ def train(
                     loss.backward()
                 optim.step()
                 if probe and labels is not None:
-                    h = torch.cat(seen.h)[-2 * len(batch) :]  # a search for the micro-batch has rows before
-                    probe.learn(h, labels[indices].repeat(len(h) // len(batch)).to(chosen))
+                    rows = recipe.trained_views * len(batch)
+                    h = torch.cat(seen.h)[-rows:]  # a search for the micro-batch has others before
+                    probe.learn(h, labels[indices].repeat(recipe.trained_views).to(chosen))
                 step += 1
                 watch.count(len(batch) * team.world)
 
@@ -299,15 +299,15 @@ def train(
 
 
 def _batches(
-    images: ImageData, team: Team, workers: int, batch_size: int, seed: int, step: int, epochs: int
-) -> Iterator[tuple[int, Tensor | PackedImages, Tensor]]:
-    """(epoch, uint8 images, their indices) of every step from `step` on: this process's share of the batch."""
+    images: ImageData, team: Team, workers: int, batch_size: int, views: TwoViews, step: int, epochs: int
+) -> Iterator[tuple[Tensor | PackedImages, Tensor, tuple[Tensor, ...]]]:
+    """(uint8 images, their indices, their views) of every step from `step` on: this process's share of the batch."""
     loader, n = Loader(images.train, team.device, workers, whole=True), len(images.train)
     first, done = divmod(step, n // batch_size)
     for epoch in range(first, epochs):
-        batches = epoch_batches(n, batch_size, seed, epoch)[done:]
+        batches = epoch_batches(n, batch_size, views.seed, epoch)[done:]
         for batch, indices in loader([indices.chunk(team.world)[team.rank] for indices in batches]):
-            yield epoch, batch, indices
+            yield batch, indices, views(batch, indices, epoch)
         done = 0
 
 
@@ -369,7 +369,7 @@ def _restore(
 
 def _summary(run: Run, network: nn.Module, images: ImageData, device: torch.device, total: int, step: int) -> str:
     millions = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
-    what = f"{run.config['method']}, {millions:.1f} M parameters, on {len(images.train)} images of {images.name}"
+    what = f"{run.config['method']}, {millions:.3g} M parameters, on {len(images.train)} images of {images.name}"
     return f"{what} at {images.size} pixels, on {device}, steps {step} to {total}, in {run.out}"
 
 

@@ -1,7 +1,4 @@
-"""The cached step against the whole one: gradients, random numbers, buffers, autocast, processes, lack of memory.
-
-The processes are started by running this file: `python test_cached.py RANK FOLDER`.
-"""
+"""The cached step against the whole one: gradients, random numbers, buffers, autocast, processes, lack of memory."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ import logging
 import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +15,28 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from processes import finish, start_group
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import ssl_fast  # noqa: E402
-from ssl_fast import (  # noqa: E402
+import ssl_fast
+from ssl_fast import (
+    EMA,
+    BarlowTwins,
     CachedStep,
     CLIPLoss,
     InfoNCE,
+    MoCo,
     NTXentLoss,
     cached_step,
     checkpoint_stages,
+    ema_update_,
 )
-from ssl_fast.cli import main  # noqa: E402
-from ssl_fast.run import read_checkpoint, read_rows  # noqa: E402
-from ssl_fast.train import train  # noqa: E402
+from ssl_fast.cli import main
+from ssl_fast.run import read_checkpoint, read_rows
+from ssl_fast.train import train
 
 N = 11  # micro-batches of unequal size
 
@@ -204,6 +202,52 @@ def test_keys_without_gradient_are_embedded_once():
     assert sum(both.rows) == 3 * N and both[1].num_batches_tracked == 6
 
 
+@pytest.mark.parametrize("norm, micro_batch", [("layer", 4), ("batch", 4), ("ours", 3), ("batch", 12)])
+def test_moco_in_parts(norm, micro_batch):
+    """Against forward() for rows apart, and by hand for batch norm; key encoder, statistics and queue move once."""
+    given, models = views(12), [MoCo(encoder(norm), dim=5, K=16, m=0.5, features=6) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for step in range(2):  # in the second, keys of the first are negatives, and the queue wraps
+        values = []
+        for model in models:
+            model.zero_grad()
+            torch.manual_seed(step)
+            if model is models[0]:
+                values.append(model.cached(*given, CachedStep(micro_batch)))
+            elif norm == "layer":
+                values.append(model(*given))
+            else:
+                query, parts = nn.Sequential(model.encoder, model.head), 12 // micro_batch
+                model.key.update(query)
+                order = torch.randperm(12)
+                k = torch.empty(12, 5)
+                k[order] = torch.cat([model.key(x) for x in given[1][order].chunk(parts)])
+                values.append(InfoNCE(0.07)(torch.cat([query(x) for x in given[0].chunk(parts)]), k, model.queue.keys))
+                model.queue.enqueue(k)
+            if values[-1].requires_grad:
+                values[-1].backward()
+        assert values[0].item() == pytest.approx(values[1].item(), rel=1e-6)
+        assert_same(*(gradients(model.encoder, model.head) for model in models))
+    for (name, ours), theirs in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        assert torch.allclose(ours.double(), theirs.double(), atol=1e-6), name
+    assert models[0].queue.pointer == 24 % 16 and models[0].key.num_updates == 2
+
+
+@pytest.mark.parametrize("micro_batch", [4, N])
+def test_barlow_twins_in_parts(micro_batch):
+    found = []
+    for cached in (True, False):
+        model = BarlowTwins(encoder(), 6, dim=4)
+        torch.manual_seed(1)
+        model.head = nn.Linear(6, 4)  # each row by itself
+        value = model.cached(*views(), CachedStep(micro_batch)) if cached else model(*views())
+        if not cached:
+            value.backward()
+        found.append((value.item(), gradients(model)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert_same(found[0][1], found[1][1])
+
+
 def test_autocast():
     found = []
     for step in (cached_step, whole):
@@ -266,6 +310,15 @@ def test_what_does_not_fit_is_named(change, error, message):
 
 
 # ---- the micro-batch that fits
+
+
+def test_what_says_that_memory_ran_out():
+    ran_out = ssl_fast.memory.out_of_memory
+    assert ran_out(torch.OutOfMemoryError("CUDA")) and ran_out(MemoryError())
+    assert ran_out(RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"))
+    assert ran_out(RuntimeError("could not create a primitive"))  # oneDNN's
+    assert not ran_out(RuntimeError("could not create a primitive descriptor for a convolution"))
+    assert not ran_out(ValueError("out of memory"))
 
 
 class Hungry(nn.Module):
@@ -479,7 +532,11 @@ def test_train_finds_a_micro_batch_and_checkpoints_stages(tmp_path, caplog):
             "memory: got '3GiB' with micro_batch=4, allowed: with micro_batch='auto'",
         ),
         ({"memory": "3GiB"}, "memory: got '3GiB' with micro_batch=None"),
-        ({"micro_batch": 64, "method": "moco_v2"}, "micro_batch: got 64 with method 'moco_v2', allowed: with simclr"),
+        (
+            {"micro_batch": 64, "method": "moco_v2"},
+            "bn_splits: got 8 with micro_batch=64 of a batch of 360, allowed: a divisor of each micro-batch",
+        ),
+        ({"micro_batch": "auto", "method": "moco_v1"}, "bn_splits: got 8 with micro_batch='auto'"),
     ],
 )
 def test_train_names_what_does_not_fit(tmp_path, given, message):
@@ -502,8 +559,7 @@ def test_command_line(capsys, tmp_path):
 # ---- two processes
 
 
-def of_process(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def of_process(rank: int, world: int) -> None:
     model = DistributedDataParallel(encoder("batch", 0.2))
     reduced = []
 
@@ -518,8 +574,6 @@ def of_process(rank: int, folder: Path) -> None:
         torch.manual_seed(rank)
         cached_step(model, given, NTXentLoss(), 2)
     step = CachedStep()
-    with pytest.raises(ValueError, match="micro_batch: got 'auto' in one of several processes"):
-        step(model, given, NTXentLoss())
     step.micro_batch = 4
     error = ""
     try:
@@ -527,16 +581,27 @@ def of_process(rank: int, folder: Path) -> None:
     except torch.OutOfMemoryError as raised:
         error = str(raised)
     torch.save({"gradient": gradients(model), "reduced": reduced, "error": error,
-                "stats": dict(model.module.named_buffers())}, folder / f"{rank}.pt")  # fmt: skip
-    dist.destroy_process_group()
+                "stats": dict(model.module.named_buffers())}, f"{rank}.pt")  # fmt: skip
+
+
+def agree(rank: int, world: int) -> None:
+    """Rank 1 may take less, and stops to measure earlier; batch norm waits for both."""
+    model, x = Sized(), torch.randn(1000, 1)
+    parallel = DistributedDataParallel(model)
+    ssl_fast.convert_sync_batchnorm(model)
+    taken = ssl_fast.memory.resident_memory("VmRSS")
+    found = CachedStep("auto", memory=taken + 10**9 // (1 + 3 * rank))._find([model, model], [x, x], 1000)
+    Path(f"found{rank}").write_text(str(found))
+    with pytest.raises(ValueError, match="are taken by the model"):
+        CachedStep("auto", memory=taken // 2 if rank else taken + 10**9)._find([model, model], [x, x], 100)
+    step = CachedStep("auto", memory=taken + 10**9)
+    value = step(parallel, [x[:8], x[:8] + 1], NTXentLoss())
+    assert value.isfinite() and step.micro_batch == 8
+    assert ssl_fast.memory.free_memory(torch.device("cpu")) > 4 * 10**8
 
 
 def test_two_processes_reduce_once(tmp_path):
-    command = [sys.executable, __file__]
-    processes = [subprocess.Popen([*command, str(r), str(tmp_path)], stderr=subprocess.PIPE, text=True) for r in (0, 1)]
-    for process in processes:
-        _, error = process.communicate(timeout=100)
-        assert process.returncode == 0, error
+    finish(start_group(2, tmp_path, of_process))
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert all(f["reduced"] == [0, 0] for f in found)  # one bucket, once a step
     assert all("out of memory" in f["error"] for f in found)
@@ -555,6 +620,45 @@ def test_two_processes_reduce_once(tmp_path):
     assert torch.allclose(found[0]["stats"]["1.running_mean"], alone[0][1].running_mean, atol=1e-6)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    of_process(int(sys.argv[1]), Path(sys.argv[2]))
+def sharded(rank: int, world: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    def model(shard: bool) -> nn.Module:
+        torch.manual_seed(1)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(108, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 6))
+        for part in (network[1], network[4], network) if shard else ():
+            fully_shard(part)
+        return network
+
+    ours, theirs = model(True), model(False)
+    whole(theirs, NTXentLoss(0.2), views(12))
+    mine = [view.chunk(world)[rank] for view in views(12)]
+    loss = NTXentLoss(0.2, gather_distributed=True)
+    auto = CachedStep()
+    auto.micro_batch = 4
+    for step in (lambda *given: cached_step(*given, 2), lambda *given: cached_step(*given, 6), auto):
+        ours.zero_grad()
+        step(ours, mine, loss)
+        gradient = torch.cat([p.grad.full_tensor().flatten() for p in ours.parameters()])
+        assert_same(gradient, gradients(theirs))
+    with pytest.raises(ValueError, match="model: got parameters that fully_shard has split"):
+        EMA(ours)
+    average = EMA(theirs)
+    with pytest.raises(ValueError, match="call ema_update_ on"):
+        average.update(ours)
+    torch.optim.SGD(ours.parameters(), 0.1).step()
+    key = model(True)
+    ema_update_(*([p.detach().to_local() for p in module.parameters()] for module in (key, ours)), 0.75)
+    for k, p, start in zip(key.parameters(), ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(k.full_tensor(), 0.75 * start + 0.25 * p.full_tensor())
+
+
+def test_two_processes_with_sharded_parameters(tmp_path):
+    finish(start_group(2, tmp_path, sharded))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is not counted here")
+def test_two_processes_agree_on_a_micro_batch(tmp_path):
+    finish(start_group(2, tmp_path, agree))
+    found = [int((tmp_path / f"found{rank}").read_text()) for rank in (0, 1)]
+    assert found[0] == found[1] and 25 <= found[0] <= 125

@@ -1,8 +1,12 @@
 """Data sets by name and folder, damaged files, the order of batches, and the augmentations."""
 
 import gzip
+import io
+import itertools
 import logging
 import struct
+import threading
+import types
 
 import numpy as np
 import pytest
@@ -10,9 +14,11 @@ import torch
 from PIL import Image
 
 from ssl_fast import data as data_module
+from ssl_fast import folder as folder_module
 from ssl_fast.augment import MEAN_STD, POLICIES, Policy, TwoViews, plain_view, policy_named
-from ssl_fast.data import DEBIAN_FASHION, FASHION_FILES, Loader, epoch_batches, in_order, load_data
+from ssl_fast.data import DEBIAN_FASHION, FASHION_FILES, Loader, Split, ahead, epoch_batches, in_order, load_data
 from ssl_fast.folder import ImageFiles, find_images
+from ssl_fast.run import read_rows
 from ssl_fast.train import train
 
 CPU = torch.device("cpu")
@@ -250,12 +256,146 @@ def test_whole_images_of_a_folder_are_packed(tmp_path, workers):
     assert all(view.shape == (4, 3, 16, 16) for view in TwoViews("simclr", 16)(packed, indices))
 
 
-def test_training_on_a_folder_does_not_depend_on_workers(tmp_path):
+def test_training_on_a_folder_does_not_depend_on_workers_or_a_thread(monkeypatch, tmp_path):
     source = tmp_path / "in"
     save_images(source / "cat", 12, colour=10), save_images(source / "dog", 12, colour=99, size=(50, 70))
     settings = {"model": "convnet", "epochs": 1, "batch_size": 11, "image_size": 12, "log_every": 1}
     ends = [train(tmp_path / f"{n}", source, num_workers=n, augment="simclr", **settings)["loss"] for n in (0, 2)]
-    assert ends[0] == ends[1]
+    monkeypatch.setattr(Loader, "_fetches_ahead", lambda self: True)
+    ends.append(train(tmp_path / "ahead", source, num_workers=0, augment="simclr", **settings)["loss"])
+    assert ends[0] == ends[1] == ends[2]
+
+
+def threads_ahead():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ssl_fast_ahead")]
+
+
+def test_a_thread_is_one_item_ahead():
+    asked, second = [], threading.Event()
+
+    def items():
+        for i in range(4):
+            asked.append((i, threading.current_thread() is threading.main_thread()))
+            if i == 1:
+                second.set()
+            yield i
+
+    fetched = ahead(items())
+    assert not asked and next(fetched) == 0
+    assert second.wait(30) and len(asked) == 2  # while the caller is busy with 0, and no further
+    assert list(fetched) == [1, 2, 3] and asked == [(i, False) for i in range(4)] and not threads_ahead()
+    assert list(ahead(())) == []
+
+
+def test_a_thread_ahead_ends_with_its_loop_and_passes_on_what_it_raises():
+    for item in ahead(itertools.count()):
+        if item == 3:
+            break
+    assert not threads_ahead()
+
+    def broken(error):
+        yield 1
+        raise error
+
+    for error in (ValueError("no image"), KeyboardInterrupt()):
+        fetched = ahead(broken(error))
+        assert next(fetched) == 1
+        with pytest.raises(type(error)) as raised:
+            next(fetched)
+        assert raised.value is error and not threads_ahead()
+    with pytest.raises(KeyboardInterrupt):  # of the caller, in the middle of its loop
+        for _ in ahead(itertools.count()):
+            raise KeyboardInterrupt
+    assert not threads_ahead()
+
+
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_a_loader_with_a_thread_delivers_the_same(monkeypatch, tmp_path, workers):
+    images = images_of(3, n=9) if workers is None else ImageFiles(find_images(save_images(tmp_path, 9))[0], 8)
+    loader, batches = Loader(Split(images), CPU, workers or 0), in_order(9, 4)
+    plain = list(loader(batches))
+    monkeypatch.setattr(Loader, "_fetches_ahead", lambda self: True)
+    next(loader(batches))  # stopped early, and started anew
+    for (a, i), (b, j) in zip(plain, loader(batches), strict=True):
+        assert torch.equal(a, b) and torch.equal(i, j)
+    assert not threads_ahead()
+
+
+def test_time_for_views_is_time_waiting_for_data(monkeypatch, tmp_path):
+    now, forward = [0.0], TwoViews.forward
+
+    def slow(self, *args):
+        now[0] += 1
+        return forward(self, *args)
+
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: 0.0)  # in which only views take time
+    monkeypatch.setattr("ssl_fast.progress.time", clock)
+    monkeypatch.setattr(TwoViews, "forward", slow)
+    save_images(tmp_path / "in", 8)
+    settings = {"model": "convnet", "image_size": 12, "num_workers": 0, "epochs": 1, "batch_size": 4, "log_every": 1}
+    train(tmp_path / "run", tmp_path / "in", **settings)
+    waits = [row["data_wait"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "data_wait" in row]
+    assert waits == [1.0, 1.0]
+
+
+def save_jpegs(folder):
+    """Smooth images of several shapes; one turned by its EXIF data, one a PNG, one cut off."""
+    folder.mkdir()
+    shapes = [(90, 70), (64, 200), (37, 41), (300, 260), (50, 60), (50, 60), (50, 60)]
+    for i, (width, height) in enumerate(shapes):
+        coarse = np.random.RandomState(i).randint(0, 256, (3, 4, 3), np.uint8)
+        image, file = Image.fromarray(coarse).resize((width, height), Image.BICUBIC), io.BytesIO()
+        exif = Image.Exif()
+        exif[folder_module.ORIENTATION] = 6 if i == 4 else 1
+        image.save(file, "PNG" if i == 5 else "JPEG", quality=95, **({} if i == 5 else {"exif": exif}))
+        (folder / f"{i}.jpg").write_bytes(file.getvalue()[: -200 if i == 6 else None])
+    return ImageFiles(find_images(folder)[0], 32)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_jpegs_decoded_on_the_device_are_pillows(monkeypatch, tmp_path, workers, caplog):
+    """On a CPU in the place of nvJPEG: which files go there, in which sizes they come back, what is replaced."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    given = []
+
+    def decode(device, files):
+        given.append(len(files))
+        return decode_jpeg(files, ImageReadMode.RGB)
+
+    images, order = save_jpegs(tmp_path / "in"), [torch.tensor([0, 1, 2, 3]), torch.tensor([6, 5, 4])]
+    plain = list(Loader(Split(images), CPU, workers, whole=True)(order))
+    loader = Loader(Split(images), CPU, workers, whole=True)
+    assert not loader._nvjpeg  # a CPU decodes in the processes
+    monkeypatch.setattr(data_module, "decodes_jpegs", lambda device: True)
+    monkeypatch.setattr(folder_module, "_decode_on", decode)
+    loader = Loader(Split(images), CPU, workers, whole=True)
+    for (a, i), (b, j) in zip(plain, loader(order), strict=True):
+        assert torch.equal(i, j) and torch.equal(a.table, b.table)
+        assert (a.data.float() - b.data.float()).abs().mean() < 3
+    assert given == [4] and plain[1][1].tolist() == [0, 5, 4]  # the other three are Pillow's
+
+    def broken(device, files):
+        raise RuntimeError("nvJPEG")
+
+    monkeypatch.setattr(folder_module, "_decode_on", broken)
+    for (a, i), (b, j) in zip(plain, loader(order), strict=True):
+        assert torch.equal(i, j) and torch.equal(a.table, b.table) and torch.equal(a.data, b.data)
+
+
+def test_where_nvjpeg_does_not_work_the_processes_decode(monkeypatch):
+    gpu, asked = torch.device("cuda:1"), []
+
+    def decode(files, mode, device):
+        asked.append(device)
+        return [torch.zeros(3, 8, 8)]
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", decode)
+    assert folder_module.decodes_jpegs(gpu) and not folder_module.decodes_jpegs(CPU) and asked == [gpu]
+    monkeypatch.setattr("torchvision.io.decode_jpeg", lambda files, mode, device: 1 / 0)
+    assert not folder_module.decodes_jpegs(gpu)
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    assert not folder_module.decodes_jpegs(gpu)
 
 
 def test_plain_view_is_normalised_and_resized():

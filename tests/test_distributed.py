@@ -1,15 +1,10 @@
-"""The losses over groups of one, two and four processes against one process with the whole batch, in dense fp64.
-
-The processes are started by running this file: `python test_distributed.py RANK WORLD FOLDER`.
-"""
+"""The losses over groups of one, two and four processes against one process with the whole batch, in dense fp64."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,16 +14,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import finish, start
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import ssl_fast  # noqa: E402
-from ssl_fast import BarlowTwinsLoss, CLIPLoss, InfoNCE, NTXentLoss, SupConLoss  # noqa: E402
-from ssl_fast.functional import clip, info_nce, nt_xent, sup_con  # noqa: E402
-from ssl_fast.optim import LARS, parameter_groups  # noqa: E402
+import ssl_fast
+from ssl_fast import BarlowTwinsLoss, CLIPLoss, InfoNCE, NTXentLoss, SupConLoss
+from ssl_fast.functional import clip, info_nce, nt_xent, sup_con
+from ssl_fast.optim import LARS, parameter_groups
 
 D, K = 6, 9
 COUNTS = {1: [(7,)], 2: [(5, 2), (0, 6), (3, 3)], 4: [(3, 1, 0, 4)]}
@@ -395,13 +389,7 @@ def processes(request, tmp_path_factory):
         worker(0, 1, folder)
         torch.set_num_threads(threads)
     else:
-        commands = [[sys.executable, __file__, str(rank), str(world), str(folder)] for rank in range(world)]
-        started = [subprocess.Popen(command) for command in commands]
-        try:
-            assert [process.wait(timeout=150) for process in started] == [0] * world
-        finally:
-            for process in started:
-                process.kill()
+        finish([start(folder, f"rank{rank}", worker, rank, world, folder) for rank in range(world)])
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(world)]
 
 
@@ -511,7 +499,3 @@ def test_arguments_are_checked_and_one_process_is_no_group():
         CLIPLoss(world_size=2)(z, z, 10.0)
     with pytest.raises(ValueError, match="use_horovod"):
         CLIPLoss(use_horovod=True)
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

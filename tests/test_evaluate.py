@@ -8,6 +8,8 @@ import torch
 import torchvision
 from common import checkpoint
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info
 from torch import nn
 
 from ssl_fast import finetune as finetune_module
@@ -65,6 +67,17 @@ def test_the_probe_by_sgd_is_as_good_as_logistic_regression_and_leaves_the_rando
         linear_probe(train, y, test, test_y, "sdg")
     with pytest.raises(FloatingPointError, match="lower lr"):
         linear_probe(train, y, test, test_y, "sgd", lr=3e38)
+
+
+def test_logistic_regression_takes_one_thread_and_gives_the_others_back(monkeypatch):
+    seen, fit = [], LogisticRegression.fit
+    monkeypatch.setattr(
+        LogisticRegression, "fit", lambda *args, **kw: seen.extend(threadpool_info()) or fit(*args, **kw)
+    )
+    torch.set_num_threads(2)
+    train, test = clusters(90), clusters(30, seed=1)
+    linear_probe(*train, *test, "logistic")
+    assert {pool["num_threads"] for pool in seen} == {1} and torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("dim", [16, 256])
@@ -169,6 +182,8 @@ def test_subsets_are_balanced_nested_and_of_the_seed():
     smallest = int(labels.bincount().min())
     with pytest.raises(ValueError, match=f"label_fraction: got 0.9, which is 180 .* class 2 has {smallest}, allowed: "):
         balanced_subset(labels, 0.9)
+    with pytest.raises(ValueError, match=f"class wren has {smallest}"):
+        balanced_subset(labels, 0.9, names=["tit", "robin", "wren", "finch", "dunnock"])
     with pytest.raises(ValueError, match="got 0.001, which is 0 images of each of the 5 .*allowed: 0.0026 to 0.7"):
         balanced_subset(labels, 0.001)
     assert len(balanced_subset(labels, 0.0026)) == 5
@@ -231,7 +246,9 @@ def test_transfer_to_other_images_and_channels(out, tmp_path):
     assert found["freeze"] == "blocks.0" and found["classes"] == 2 and found["images"] == 12
     assert found["knn"] == found["transfer"] == 1 and found == evaluate(out, data=tmp_path, **settings)
     (tmp_path / "test" / "red").rename(tmp_path / "red")
-    with pytest.raises(ValueError, match="2 classes to learn from and 1 to test on.*add test images of class 1"):
+    with pytest.raises(
+        ValueError, match="2 classes to learn from and 1 to test on.*add test images of class 'red', in"
+    ):
         evaluate(out, data=tmp_path)
 
 
@@ -248,6 +265,9 @@ def test_what_cannot_be_evaluated(out, tmp_path):
         ({"protocol": "transfer"}, "freeze: got 'none', .*allowed: a stage of ConvNet, blocks, blocks.0, blocks.1"),
         ({"seeds": 0}, "seeds: got 0, allowed: a whole number >= 1"),
         ({"epochs": 0}, "epochs: got 0"),
+        ({"batch_size": 0}, "batch_size: got 0, allowed: a whole number >= 1"),
+        ({"num_workers": -1}, "num_workers: got -1, allowed: a whole number >= 0"),
+        ({"probe": "sklearn", "protocol": "knn"}, "probe: got 'sklearn', allowed: auto, sgd, logistic"),
         ({"lr": -1.0}, "lr: got -1.0, allowed: a finite number above 0"),
         ({"label_fraction": 0.003}, "label_fraction: got 0.003, which is 0 images of each of the 10 classes"),
         ({"label_fraction": 0.99}, "label_fraction: got 0.99, which is 142 images .* class 8 has"),
@@ -258,6 +278,13 @@ def test_what_cannot_be_evaluated(out, tmp_path):
     torch.save({"state_dict": {}, "arch": "resnet50"}, tmp_path / "moco.pt")
     with pytest.raises(ValueError, match="moco.pt is not a checkpoint of ssl_fast.train .*state_dict, arch"):
         evaluate(tmp_path / "moco.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    torch.save({"model": ConvNet(1)}, tmp_path / "pickled.pt")
+    for name in ("text.pt", "pickled.pt"):
+        with pytest.raises(
+            ValueError, match=f"{name} is not a checkpoint of .* [(]it is not of tensors and plain valu"
+        ):
+            evaluate(tmp_path / name)
     saved = torch.load(out / "checkpoints" / "last.pt")
     for args, message in (
         ({"method": "byol"}, "checkpoint: its method is 'byol', allowed: simclr, moco_v1, moco_v2, barlow_twins"),

@@ -1,35 +1,27 @@
-"""MoCo against the original's step written in plain PyTorch, lightly's parts, and one process against two.
-
-The processes are started by running this file: `python test_moco.py RANK WORLD FOLDER`.
-"""
+"""MoCo against the original's step written in plain PyTorch, lightly's parts, and one process against two."""
 
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from common import DEVICE
+from processes import finish, start
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from common import DEVICE  # noqa: E402
-
-import ssl_fast  # noqa: E402
-from benches.bench_moco import PlainMoCo  # noqa: E402
-from ssl_fast import KeyQueue, MoCo  # noqa: E402
-from ssl_fast.augment import POLICIES  # noqa: E402
-from ssl_fast.backbones import ConvNet  # noqa: E402
-from ssl_fast.evaluate import evaluate  # noqa: E402
-from ssl_fast.methods import METHODS  # noqa: E402
-from ssl_fast.optim import warmup_steps  # noqa: E402
-from ssl_fast.train import train  # noqa: E402
+import ssl_fast
+from benches.bench_moco import PlainMoCo
+from ssl_fast import KeyQueue, MoCo
+from ssl_fast.augment import POLICIES
+from ssl_fast.backbones import ConvNet
+from ssl_fast.evaluate import evaluate
+from ssl_fast.methods import METHODS
+from ssl_fast.optim import warmup_steps
+from ssl_fast.train import train
 
 
 @pytest.fixture(autouse=True)
@@ -345,7 +337,7 @@ def test_train_and_evaluate(tmp_path):
     assert result["step"] == 3 and 0 < result["loss"] < 10 and 0.9 < result["knn"] <= 1
     assert evaluate(tmp_path, protocol="knn")["knn"] == pytest.approx(result["knn"], abs=1e-6)
     log = (tmp_path / "train.log").read_text()
-    assert "moco_v1, 0.1 M parameters" in log
+    assert "moco_v1, 0.146 M parameters" in log
 
 
 @pytest.mark.parametrize(
@@ -404,12 +396,7 @@ def worker(rank, world, folder):
 
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     """No norm: so what is left of the shuffle is where each image goes, and that each key comes back to its query."""
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), "2", str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    finish([start(tmp_path, f"rank{rank}", worker, rank, 2, tmp_path) for rank in range(2)])
     a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
 
     model = moco(Watched, 6, torch.float64, K=40, m=0.9)
@@ -427,7 +414,3 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     for part in (a, b):
         torch.testing.assert_close(part["keys"], model.queue.keys, rtol=1e-9, atol=1e-9)
         assert part["gathered"].tolist() == [0, 0, 1, 1] and part["fill"] == 4
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from ssl_fast import run as run_module
+from ssl_fast.cli import main
 from ssl_fast.progress import Progress
 from ssl_fast.run import read_checkpoint, read_rows, rng_state, set_rng_state, write_atomically
 from ssl_fast.train import train
@@ -192,6 +193,26 @@ def test_resume_refuses_other_arguments(tmp_path):
         train(tmp_path, model="convnet", resume=True, **QUICK)
     with pytest.raises(ValueError, match="temperature: was 0.5, now 0.1"):
         train(tmp_path, model="convnet", resume=True, **{**QUICK, "epochs": 1}, temperature=0.1)
+
+
+def test_a_run_from_before_an_argument_goes_on_with_its_default(tmp_path):
+    settings = {**QUICK, "model": "convnet", "epochs": 2}
+    train(tmp_path, **settings, keep_every=1)
+    last = tmp_path / "checkpoints/last.pt"
+    whole, old = read_checkpoint(last), read_checkpoint(last.with_name("epoch_0001.pt"))
+    for key in ("probe_every", "checkpoint_stages", "temperature"):
+        del old["args"][key]
+    del old["probe"], old["micro_batch"]
+    torch.save(old, last)
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(old["args"]))
+    with pytest.raises(ValueError, match=r"other arguments \(checkpoint_stages: was False, now True\);"):
+        train(tmp_path, **settings, keep_every=1, resume=True, checkpoint_stages=True)
+    with pytest.raises(ValueError, match=r"other arguments \(temperature: was 0.5, now 0.1\);"):
+        train(tmp_path, **settings, keep_every=1, resume=True, temperature=0.1)
+    assert main(["train", f"out={tmp_path}", "resume=true"]) == 0
+    ended = read_checkpoint(last)
+    assert ended["args"] == whole["args"] and ended["step"] == 6 and equal(ended["model"], whole["model"])
+    assert ended["probe"]["steps"] == 3  # which the old run did not have
 
 
 def test_resume_refuses_other_images(tmp_path):

@@ -16,14 +16,15 @@ class Method:
     """A method and its recipe.
 
     Attributes:
-        build: called as build(encoder, features, **method_args) for a module with `encoder`, `head` and a forward of
-            two views that returns the loss.
+        build: called as build(encoder, features, **method_args) for a module with `encoder`, `head`, a forward of
+            two views that returns the loss, `cached`, which takes a CachedStep beside them, and `check_batch`.
         optimizer, schedule: of its paper.
         warmup: the share of the epochs that the learning rate rises in, ten at most.
         augment: its policy; for small images; for digits, which no flip leaves what they are.
         lr, weight_decay: of its optimizer, for 256 images a step, where they are not the optimizer's own.
         bias_lr: the rate of biases and normalisation as a share of lr.
         sync_norms: whether batch norm sees the images of all processes.
+        trained_views: how many of an image's two views pass the encoder that learns.
     """
 
     build: Callable[..., Any]
@@ -37,12 +38,14 @@ class Method:
     weight_decay: float | None = None
     bias_lr: float = 1.0
     sync_norms: bool = True
+    trained_views: int = 2
 
 
+MOCO: dict[str, Any] = {"sync_norms": False, "trained_views": 1}
 METHODS = {
     "simclr": Method(SimCLR, "lars", "cosine", 0.1, "simclr", "simclr_small", "digits"),
-    "moco_v1": Method(moco_v1, "sgd", "step", 0.0, "moco_v1", "moco_v1", "digits", sync_norms=False),
-    "moco_v2": Method(moco_v2, "sgd", "cosine", 0.0, "moco_v2", "moco_v2", "digits_blur", sync_norms=False),
+    "moco_v1": Method(moco_v1, "sgd", "step", 0.0, "moco_v1", "moco_v1", "digits", **MOCO),
+    "moco_v2": Method(moco_v2, "sgd", "cosine", 0.0, "moco_v2", "moco_v2", "digits_blur", **MOCO),
     "barlow_twins": Method(
         BarlowTwins,
         "lars",

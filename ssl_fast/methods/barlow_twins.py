@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ssl_fast.cached import CachedStep
 from ssl_fast.ops.barlow_twins import BarlowTwinsLoss
 
 
@@ -37,7 +38,11 @@ class BarlowTwins(nn.Module):
         """The loss, a scalar, of two views (N, C, H, W) of the same N images."""
         return self.loss(self.head(self.encoder(view1)), self.head(self.encoder(view2)))
 
-    def check_batch(self, images: int) -> None:
+    def cached(self, view1: Tensor, view2: Tensor, step: CachedStep) -> Tensor:
+        """The loss, detached, and the gradients of forward(), a micro-batch of a view through f and g at a time."""
+        return step(nn.Sequential(self.encoder, self.head), (view1, view2), self.loss)
+
+    def check_batch(self, images: int, micro_batch: int | str | None = None) -> None:
         """Any batch fits."""
 
 

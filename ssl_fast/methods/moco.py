@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ssl_fast._distributed import gather, rank_and_world, shared_permutation
 from ssl_fast.accelerate import SWAPS
+from ssl_fast.cached import CachedStep
 from ssl_fast.ops.batch_norm import _Fused
 from ssl_fast.ops.ema import EMA, _momentum
 from ssl_fast.ops.info_nce import info_nce
@@ -93,40 +94,74 @@ class MoCo(nn.Module):
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> Tensor:
         """The loss, a scalar, of two views (N, C, H, W) of the same N images."""
+        self._check(im_q, im_k)
+        q = self.head(self.encoder(im_q))
+        if self.training:
+            self.key.update(self._query())
+        images, back = self._shuffled(im_k, self.training and (rank_and_world()[1] > 1 or self.bn_splits > 1))
+        k, keys = back(self.key(images))
+        loss = info_nce(q, k, self.queue.keys, self.T)
+        if self.training:
+            self.queue.enqueue(keys)
+        return loss
+
+    def cached(self, im_q: Tensor, im_k: Tensor, step: CachedStep) -> Tensor:
+        """The loss, detached, and the gradients of forward(), a micro-batch through either encoder at a time. The key
+        encoder and the queue move once. Batch norm sees a micro-batch, so the keys' batch is shuffled in any case."""
+        self._check(im_q, im_k)
+        if self.training:
+            self.key.update(self._query())
+        images, back = self._shuffled(im_k, self.training)
+        keys = images.new_empty(0)
+
+        def loss(q: Tensor, k: Tensor) -> Tensor:
+            nonlocal keys
+            k, keys = back(k)
+            return info_nce(q, k, self.queue.keys, self.T)
+
+        value = step([self._query(), self.key], (im_q, images), loss)
+        if self.training:
+            self.queue.enqueue(keys)
+        return value
+
+    @torch.no_grad()
+    def _shuffled(self, images: Tensor, shuffle: bool) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """Images of all processes, as many as these, and what makes of their keys those of these images, of unit length
+        (N, dim), and those of all processes' images in the order of the processes."""
+
+        def unit(k: Tensor) -> Tensor:
+            return F.normalize(k.to(self.queue.keys.dtype))  # under autocast too
+
+        if not shuffle:
+            return images, lambda k: (unit(k),) * 2
+        rank, world = rank_and_world()
+        everyone = gather(images)
+        order = shared_permutation(len(everyone), images.device).view(world, -1)
+
+        def back(k: Tensor) -> tuple[Tensor, Tensor]:
+            keys = torch.empty(order.numel(), k.shape[1], dtype=self.queue.keys.dtype, device=k.device)
+            keys[order.flatten().to(k.device)] = gather(unit(k))
+            return keys.chunk(world)[rank], keys
+
+        return everyone[order[rank]], back
+
+    def _check(self, im_q: Tensor, im_k: Tensor) -> None:
         if not 0 < len(im_q) == len(im_k):
             raise ValueError(
                 f"im_k: got {len(im_k)} images for {len(im_q)} in im_q, allowed: as many, and at least one"
             )
         if self.training:
             self.check_batch(len(im_k))
-        q = self.head(self.encoder(im_q))
-        if self.training:
-            self.key.update(self._query())
-        k, keys = self._keys(im_k)
-        loss = info_nce(q, k, self.queue.keys, self.T)
-        if self.training:
-            self.queue.enqueue(keys)
-        return loss
 
-    @torch.no_grad()
-    def _keys(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys (N, dim) of these images, and those of all processes' images in the order of the processes."""
-        rank, world = rank_and_world()
-        if not self.training or (world == 1 and self.bn_splits == 1):
-            k = self._key(images)
-            return k, k
-        everyone = gather(images)
-        order = shared_permutation(len(everyone), images.device).view(world, -1)
-        k = self._key(everyone[order[rank]])
-        keys = torch.empty_like(k).repeat(world, 1)
-        keys[order.flatten()] = gather(k)
-        return keys.view(world, *k.shape)[rank], keys
-
-    def _key(self, images: Tensor) -> Tensor:
-        return F.normalize(self.key(images).to(self.queue.keys.dtype))  # of unit length under autocast too
-
-    def check_batch(self, images: int) -> None:
-        """Raise where a batch of so many images on each process does not fit a step of training."""
+    def check_batch(self, images: int, micro_batch: int | str | None = None) -> None:
+        """Raise where a batch of so many images on each process does not fit a step of training, in micro-batches."""
+        if self.bn_splits > 1 and micro_batch is not None:
+            parts = 0 if isinstance(micro_batch, str) else -(-images // micro_batch)
+            if not parts or images % (parts * self.bn_splits):
+                raise ValueError(
+                    f"bn_splits: got {self.bn_splits} with micro_batch={micro_batch!r} of a batch of {images}, "
+                    "allowed: a divisor of each micro-batch; set bn_splits=1: each has statistics of its own"
+                )
         if images % self.bn_splits:
             raise ValueError(
                 f"bn_splits: got {self.bn_splits} for a batch of {images}, allowed: a divisor of the batch; drop the "

@@ -60,7 +60,7 @@ class SimCLR(nn.Module):
         through = nn.Sequential(self.encoder, self.head)
         return step(through, (view1, view2), self.loss, whole=lambda: self(view1, view2))
 
-    def check_batch(self, images: int) -> None:
+    def check_batch(self, images: int, micro_batch: int | str | None = None) -> None:
         """Any batch fits."""
 
 
