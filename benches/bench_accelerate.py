@@ -103,8 +103,14 @@ def memory(provider: str, name: str, dtype: str, batch: int, pixels: int) -> flo
     return common.extra_memory(step)
 
 
-def child(allocator: str, *given: object) -> Any:
-    return common.in_fresh_process(__spec__.name, ["--worker", json.dumps(given)], allocator)
+def child(allocator: str, what: str, *given: Any) -> Any:
+    import timm  # noqa: F401, once, for every fork
+
+    worker = ["--worker", json.dumps([what, *given])]
+    return common.apart(lambda: WORKS[what](*given), __spec__.name, worker, allocator)
+
+
+WORKS: dict[str, Callable[..., Any]] = {"bench": bench, "memory": memory, "truth": truth}
 
 
 def case(name: str, dtype: str) -> tuple[int, int]:
@@ -126,7 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         what, *given = json.loads(arguments.worker)
-        print(json.dumps({"bench": bench, "memory": memory, "truth": truth}[what](*given)))
+        print(json.dumps(WORKS[what](*given)))
         return
     print(f"A training step on {common.device_name()}, {torch.get_num_threads()} threads")
     dtypes = ("float32",) if arguments.quick else ("float32", "bfloat16")

@@ -37,7 +37,7 @@ def dense(z_a: Tensor, z_b: Tensor) -> Tensor:
 
 def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """The providers, by name."""
-    found = {"ssl_fast": ssl_fast.BarlowTwinsLoss(), "dense PyTorch": dense}
+    found = {"ssl_fast": ssl_fast.BarlowTwinsLoss(), "dense PyTorch": dense, "torch.compile": torch.compile(dense)}
     with contextlib.suppress(ImportError):
         from lightly.loss import BarlowTwinsLoss
 
@@ -77,7 +77,7 @@ def provider(name: str, loss: Callable[[Tensor, Tensor], Tensor], N: int, D: int
         truth = torch.autograd.grad(exact(*doubles), doubles[0])
         return common.relative_error(torch.autograd.grad(loss(z_a, z_b), z_a), truth)
 
-    return Provider(name, build, work=1.0, error=error)
+    return Provider(name, build, work=1.0, error=error, compiled=name == "torch.compile")
 
 
 def setup(N: int, D: int) -> Table:

@@ -21,15 +21,15 @@ from ssl_fast.ops import batch_norm as ops
 # ResNet-50 at 224 pixels, its third stage at two batches (the smaller fits a cache), and SimCLR's projector.
 SHAPES = [(64, 64, 56, 56), (64, 256, 56, 56), (64, 512, 28, 28), (64, 2048, 7, 7), (64, 256, 14, 14),
           (16, 256, 14, 14), (4096, 2048)]  # fmt: skip
-QUICK = [("8x64x14x14", "float32", "channels_last"), ("8x64x14x14", "bfloat16", "contiguous")]
+QUICK = [("8x64x14x14", "float32", "channels_last", True), ("8x64x14x14", "bfloat16", "contiguous", False)]
 
 
-def cases(quick: bool) -> list[tuple[str, str, str]]:
-    """The shape, dtype and layout."""
+def cases(quick: bool) -> list[tuple[str, str, str, bool]]:
+    """The shape, dtype and layout, and whether to compile, which takes most of a quick run."""
     if quick:
         return QUICK
     return [
-        ("x".join(map(str, shape)), dtype, layout)
+        ("x".join(map(str, shape)), dtype, layout, True)
         for shape in SHAPES
         for layout in (("channels_last", "contiguous") if len(shape) == 4 else ("rows",))
         for dtype in ("float32", "bfloat16")
@@ -81,12 +81,12 @@ def kernels(*given: Tensor | None) -> dict[str, Step]:
     return {"forward": forward, "backward": backward, "both": both}
 
 
-def setup(sizes: str, dtype: str, layout: str) -> Table:
+def setup(sizes: str, dtype: str, layout: str, compiled: bool) -> Table:
     shape = tuple(map(int, sizes.split("x")))
     residual = len(shape) == 4
     # x twice, residual, y; dy and x twice, dx, dresidual.
     counts = {"forward": 3 + residual, "backward": 5 + residual, "both": 8 + 2 * residual}
-    norms = {"eager": plain, "torch.compile": torch.compile(plain), "ssl_fast": ours}
+    norms = {"eager": plain, **({"torch.compile": torch.compile(plain)} if compiled else {}), "ssl_fast": ours}
     kind = f"{layout} {'BN+add+ReLU' if residual else 'BN+ReLU'}"
     given = lambda: inputs(shape, getattr(torch, dtype), layout)  # noqa: E731
     return norm_table("batch_norm", sizes, kind, dtype, given, norms, kernels, counts)

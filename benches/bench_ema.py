@@ -10,6 +10,7 @@ at a sixteenth of its width.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -106,6 +107,18 @@ def lightly_names(targets: Tensors, sources: Tensors) -> tuple[Step, Tensors]:
     return lambda: ssl_fast.update_momentum(model, average, MOMENTUM), list(average)
 
 
+def ema_pytorch(targets: Tensors, sources: Tensors) -> tuple[Step, Tensors]:
+    """ema-pytorch's class past its first two steps, which copy."""
+    from ema_pytorch import EMA
+
+    average, model = (nn.ParameterList(nn.Parameter(t) for t in side) for side in (targets, sources))
+    kept = {"beta": MOMENTUM, "min_value": MOMENTUM, "update_after_step": 0, "update_every": 1, "use_foreach": True}
+    averaged = EMA(model, average, **kept)
+    averaged.initted.fill_(True)
+    averaged.step.fill_(2)
+    return averaged.update, list(average)
+
+
 def foreach_masters(averages: Tensors, sources: Tensors) -> tuple[Step, Tensors]:
     """What ours does in one pass, by PyTorch's own functions."""
     masters = [t.float() for t in averages]
@@ -144,6 +157,8 @@ def updates(dtype: str) -> dict[str, Callable[[Tensors, Tensors], tuple[Step, Te
         from timm.utils import ModelEmaV3
 
         steps["timm ModelEmaV3"] = partial(of_modules, partial(ModelEmaV3, decay=MOMENTUM))
+    if importlib.util.find_spec("ema_pytorch"):
+        steps["ema-pytorch"] = ema_pytorch
     return steps
 
 

@@ -51,6 +51,7 @@ def queue_losses(queue: Tensor) -> dict[str, Loss]:
     found: dict[str, Loss] = {
         "ssl_fast": lambda q, k: ssl_fast.InfoNCE(TEMPERATURE)(q, k, queue),
         "mm + cat + cross_entropy": lambda q, k: moco(q, k, transposed),
+        "torch.compile": lambda q, k: torch.compile(moco)(q, k, transposed),
     }
     with contextlib.suppress(ImportError):
         from info_nce import info_nce as peer
@@ -78,6 +79,7 @@ def clip_losses() -> dict[str, Loss]:
     found: dict[str, Loss] = {
         "ssl_fast": lambda image, text: ssl_fast.CLIPLoss()(image, text, 1 / TEMPERATURE),
         "dense PyTorch": dense_clip,
+        "torch.compile": torch.compile(dense_clip),
     }
     with contextlib.suppress(ImportError):
         from open_clip.loss import ClipLoss
@@ -107,6 +109,7 @@ def sup_con_losses() -> dict[str, Loss]:
     found: dict[str, Loss] = {
         "ssl_fast": lambda z, _: ssl_fast.SupConLoss(TEMPERATURE)(z, labels_of(z)),
         "dense PyTorch": dense_sup_con,
+        "torch.compile": torch.compile(dense_sup_con),
     }
     with contextlib.suppress(ImportError):
         from pytorch_metric_learning.losses import SupConLoss
@@ -157,7 +160,8 @@ def provider(name: str, op: str, N: int, K: int, D: int, dtype: str) -> Provider
         plain = list(losses(op, given[2]))[1]
         return common.relative_error([gradient(name, *given)], [gradient(plain, *(x.double() for x in given))])
 
-    return Provider(name, build, dtype, work=WORK[op], error=error if N <= 4096 else None)
+    judged = error if N <= 4096 else None
+    return Provider(name, build, dtype, work=WORK[op], error=judged, compiled=name == "torch.compile")
 
 
 def setup(op: str, N: int, K: int, D: int) -> Table:

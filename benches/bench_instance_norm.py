@@ -18,16 +18,16 @@ from ssl_fast.functional import instance_norm
 from ssl_fast.ops import batch_norm as ops
 
 SHAPES = ["32x64x128x128", "2x32x64x64x64"]  # a generator's, a U-Net's for volumes
-QUICK = [("8x16x14x14", "float32", "contiguous"), ("8x16x14x14", "bfloat16", "channels_last")]
+QUICK = [("8x16x14x14", "float32", "contiguous", True), ("8x16x14x14", "bfloat16", "channels_last", False)]
 PASSES = {"forward": 2, "backward": 3, "both": 5}  # over the activation
 
 
-def cases(quick: bool) -> list[tuple[str, str, str]]:
-    """The shape, dtype and layout."""
+def cases(quick: bool) -> list[tuple[str, str, str, bool]]:
+    """The shape, dtype and layout, and whether to compile, which takes most of a quick run."""
     if quick:
         return QUICK
     layouts, dtypes = ("contiguous", "channels_last"), ("float32", "bfloat16")
-    return [(shape, dtype, layout) for shape in SHAPES for layout in layouts for dtype in dtypes]
+    return [(shape, dtype, layout, True) for shape in SHAPES for layout in layouts for dtype in dtypes]
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ def kernels(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Step]:
     return {"forward": forward, "backward": backward, "both": lambda: (forward(), backward())}
 
 
-def setup(sizes: str, dtype: str, layout: str) -> Table:
+def setup(sizes: str, dtype: str, layout: str, compiled: bool) -> Table:
     shape = tuple(map(int, sizes.split("x")))
-    norms = {"eager": plain, "torch.compile": torch.compile(plain), "ssl_fast": ours}
+    norms = {"eager": plain, **({"torch.compile": torch.compile(plain)} if compiled else {}), "ssl_fast": ours}
     given = lambda: inputs(shape, getattr(torch, dtype), layout)  # noqa: E731
     return norm_table("instance_norm", sizes, f"{layout} IN", dtype, given, norms, kernels, PASSES)
 

@@ -9,20 +9,23 @@ Then batch norm in training, whose statistics are those of a micro-batch: the co
 step and that of the whole batch, at the beginning and in a trained network, and the kNN accuracy on digits of whole
 runs that differ in their micro-batch alone.
 
-`python -m benches.bench_large_batch` prints the tables and writes the rows of the first two to benches/results.csv;
-`--quick` takes small sizes; `--part` takes one of steps, cosines, knn.
+`python -m benches.bench_large_batch` prints the tables and writes the rows of the first two to benches/results.csv,
+from where `python -m benches.plot` takes the first into docs/large_batches.md. They are written batch by batch:
+`--resume` leaves out those that are there of this commit. `--quick` takes small sizes; `--part` one of steps, cosines,
+knn.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import json
 import resource
 import statistics
-import subprocess
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +76,7 @@ def encoder(pixels: int) -> tuple[nn.Module, int]:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 64
 
 
-def run(provider: str, batch: int, pixels: int, limit: str) -> dict[str, Any]:
+def run(provider: str, batch: int, pixels: int, limit: str, micro: int, seconds: float) -> dict[str, Any]:
     """Milliseconds a step and the peak in MB, in this process, which may not have more than the limit from here on."""
     torch.manual_seed(0)
     f, features = encoder(pixels)
@@ -82,7 +85,7 @@ def run(provider: str, batch: int, pixels: int, limit: str) -> dict[str, Any]:
     cached = provider == "cached step"
     if cached or "accelerate" in provider:
         accelerate(network)
-    step = CachedStep(MICRO if cached else batch)
+    step = CachedStep(micro if cached else batch)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
 
     def train_on(views: list[Tensor]) -> None:
@@ -105,7 +108,7 @@ def run(provider: str, batch: int, pixels: int, limit: str) -> dict[str, Any]:
 
     def work() -> None:
         views = images(batch)
-        while not times or (sum(times) < 4e3 and len(times) < 5):
+        while not times or (sum(times) < 1e3 * seconds and len(times) < 5):
             start = time.perf_counter()
             train_on(views)
             times.append((time.perf_counter() - start) * 1e3)
@@ -129,33 +132,47 @@ def restrict(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (room, room))
 
 
-def steps(batches: tuple[int, ...], limit: str) -> list[common.Row]:
+def steps(batches: tuple[int, ...], limit: str, micro: int, seconds: float, quick: bool, done: set[str]) -> None:
+    """Rows are saved batch by batch; shapes that are `done` are left out."""
     name = "ResNet-50" if PIXELS > 64 else "ResNet-8"
-    rows: list[common.Row] = []
+    largest = dict.fromkeys(PROVIDERS, 0)
     for batch in batches:
+        shape, rows = f"{name} {PIXELS}px batch={batch} in {limit}", list[common.Row]()
+        if shape in done:
+            print(f"{shape}: measured before", flush=True)
+            continue
         for provider in PROVIDERS:
+            given = [provider, batch, PIXELS, limit, micro, seconds]
             try:
-                given = ["--worker", json.dumps([provider, batch, PIXELS, limit])]
-                found = common.in_fresh_process(__spec__.name, given)
-            except subprocess.CalledProcessError as error:
-                if error.returncode > 0:
+                worker = ["--worker", json.dumps(given)]
+                found = common.apart(partial(run, *given), __spec__.name, worker)
+            except ChildProcessError as error:
+                if error.errno is None:
                     raise
                 found = {}  # ended by a signal: memory ran out where no exception could be thrown
-            row = {"op": "large_batch", "shape": f"{name} {PIXELS}px batch={batch} in {limit}", "provider": provider}
+            row = {"op": "large_batch", "shape": shape, "provider": provider}
             row |= {"dtype": "bfloat16 autocast" if DEVICE.type == "cuda" else "float32", "allocator": "default"}
             row |= {"batch": batch, **found, "images/s": "out of memory", "peak MB": "", "to": PROVIDERS[0]}
             if found:
                 row |= {"images/s": f"{batch / found['ms'] * 1e3:.1f}", "peak MB": f"{found['extra_mb']:.0f}"}
             rows.append(row)
+            if "ms" in row and "ms" in rows[0]:
+                row["ratio"] = row["ms"] / rows[0]["ms"]
+            if "ms" in row:
+                largest[provider] = max(largest[provider], batch)
             print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
-    plain = {row["batch"]: row.get("ms") for row in rows if row["provider"] == PROVIDERS[0]}
-    for row in rows:
-        if "ms" in row and plain[row["batch"]]:
-            row["ratio"] = row["ms"] / plain[row["batch"]]
-    print(f"\nThe largest batch within {limit}:")
-    for provider in PROVIDERS:
-        print(f"  {provider:22}{max((r['batch'] for r in rows if r['provider'] == provider and 'ms' in r), default=0)}")
-    return rows
+        common.save(rows, quick)
+    print(f"\nThe largest of these batches within {limit}:")
+    for provider, batch in largest.items():
+        print(f"  {provider:22}{batch}")
+
+
+def measured() -> set[str]:
+    """The shapes that results.csv has of this commit and device."""
+    here = common.conditions()
+    same = ("device", "threads", "torch", "commit")
+    with common.RESULTS.open(newline="") as file:
+        return {row["shape"] for row in csv.DictReader(file) if all(row[k] == str(here[k]) for k in same)}
 
 
 # ---- live batch norm
@@ -223,6 +240,7 @@ def knn(batch: int, sizes: tuple[int | None, ...], epochs: int, seeds: int) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--resume", action="store_true", help="leave out batches that were measured at this commit")
     parser.add_argument("--part", choices=("steps", "cosines", "knn"), help="this one alone")
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -230,16 +248,17 @@ def main() -> None:
         print(json.dumps(run(*json.loads(args.worker))))
         return
     parts = (args.part,) if args.part else ("steps", "cosines", "knn")
-    rows: list[common.Row] = []
     print(f"{common.device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n", flush=True)
     if "steps" in parts:
-        batches, limit = ((128, 1024), "1500MiB") if args.quick else (BATCHES, LIMIT)
-        print(f"A step of SimCLR within {limit}; the cached step in micro-batches of {MICRO}: {', '.join(COLUMNS)}")
-        rows += steps(batches, limit)
+        small: tuple[Any, ...] = ((64, 512), "1200MiB", 64, 0.0)
+        batches, limit, micro, seconds = small if args.quick else (BATCHES, LIMIT, MICRO, 4.0)
+        print(f"A step of SimCLR within {limit}; the cached step in micro-batches of {micro}: {', '.join(COLUMNS)}")
+        done = measured() if args.resume else set()
+        steps(batches, limit, micro, seconds, args.quick, done)
     if "cosines" in parts:
         print("\nCosine with the whole batch's gradient, by micro-batch, batch norm live; ConvNet on digits")
-        rows += cosines(128, (64, 16), 5) if args.quick else cosines(1024, (512, 256, 128, 64, 32, 16, 8), 100)
-    common.save(rows, args.quick)
+        rows = cosines(128, (64, 16), 5) if args.quick else cosines(1024, (512, 256, 128, 64, 32, 16, 8), 100)
+        common.save(rows, args.quick)
     if "knn" in parts:
         batch, epochs, seeds = (700, 2, 1) if args.quick else (700, 50, 2)
         print(f"\nkNN accuracy on digits after {epochs} epochs of batch {batch}, batch norm live", flush=True)

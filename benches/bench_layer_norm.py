@@ -1,7 +1,7 @@
 """Layer norm over tokens and over the channels of images, against eager PyTorch, torch.compile and a copy.
 
-`python -m benches.bench_layer_norm` prints the tables and writes the rows to benches/results.csv. Liger and quack take
-part where they are installed and there is a GPU. Outputs are fresh at each call; under the default allocator their
+`python -m benches.bench_layer_norm` prints the tables and writes the rows to benches/results.csv. Apex, Liger and quack
+take part where they are installed and there is a GPU. Outputs are fresh at each call; under the default allocator their
 pages are too, while the warm one gives back the memory of the call before, so that there the rows of the kernels alone
 are those of kept outputs.
 """
@@ -22,17 +22,17 @@ from ssl_fast.ops import layer_norm as ops
 
 # ViT-B and ViT-S at 64 images of 224 pixels, one image of ViT-L, and ConvNeXt-T's first stage.
 SHAPES = [(12608, 768), (12608, 384), (197, 1024), (64, 96, 56, 56)]
-QUICK = [("197x384", "float32", "rows"), ("4x96x14x14", "bfloat16", "contiguous")]
+QUICK = [("197x384", "float32", "rows", True), ("4x96x14x14", "bfloat16", "contiguous", False)]
 # Passes over the activation that nothing on the chip can save: x, y; dy, x, dx.
 PASSES = {"forward": 2, "backward": 3, "both": 5}
 
 
-def cases(quick: bool) -> list[tuple[str, str, str]]:
-    """The shape, dtype and layout."""
+def cases(quick: bool) -> list[tuple[str, str, str, bool]]:
+    """The shape, dtype and layout, and whether to compile, which takes most of a quick run."""
     if quick:
         return QUICK
     return [
-        ("x".join(map(str, shape)), dtype, layout)
+        ("x".join(map(str, shape)), dtype, layout, True)
         for shape in SHAPES
         for layout in (("channels_last", "contiguous") if len(shape) == 4 else ("rows",))
         for dtype in ("float32", "bfloat16")
@@ -55,6 +55,12 @@ def peers() -> dict[str, Norm]:
     """Of tokens, on a GPU."""
     found: dict[str, Norm] = {}
     if DEVICE == "cuda":
+        with contextlib.suppress(ImportError):
+            from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+            found["apex"] = lambda x, weight, bias: fused_layer_norm_affine(
+                x, weight.to(x.dtype), bias.to(x.dtype), weight.shape, 1e-6
+            )
         with contextlib.suppress(ImportError):
             from liger_kernel.transformers.functional import liger_layer_norm
 
@@ -96,9 +102,9 @@ def kernels(*given: Tensor) -> dict[str, Step]:
     return {"forward": forward, "backward": backward, "both": both}
 
 
-def setup(sizes: str, dtype: str, layout: str) -> Table:
+def setup(sizes: str, dtype: str, layout: str, compiled: bool) -> Table:
     shape = tuple(map(int, sizes.split("x")))
-    norms = {"eager": plain, "torch.compile": torch.compile(plain), "ssl_fast": ours}
+    norms = {"eager": plain, **({"torch.compile": torch.compile(plain)} if compiled else {}), "ssl_fast": ours}
     norms |= peers() if len(shape) == 2 else {}
     given = lambda: inputs(shape, getattr(torch, dtype), layout)  # noqa: E731
     return norm_table("layer_norm", sizes, layout, dtype, given, norms, kernels, PASSES)

@@ -1,13 +1,16 @@
-"""A step of MoCo against the original's (facebookresearch/moco), written in plain PyTorch: time, and memory beside it.
+"""A step of MoCo against the original's (facebookresearch/moco), written in plain PyTorch, and one of lightly's parts:
+time, and memory beside it.
 
-Both train the same encoder from the same weights on the same batches by SGD; tests/test_moco.py holds loss and
+All train the same encoder from the same weights on the same batches by SGD; tests/test_moco.py holds loss and
 gradients of several steps against each other, and the largest difference over the steps of this run is in the table.
 
-`python -m benches.bench_moco` prints the table and writes the rows to benches/results.csv.
+`python -m benches.bench_moco` prints the table and writes the rows to benches/results.csv; `--profile FOLDER` leaves a
+trace and a picture of one step of ours instead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import torch
@@ -19,7 +22,7 @@ from benches.common import DEVICE, Provider, Step, Table
 from ssl_fast import MoCo
 from ssl_fast.backbones import ConvNet
 
-PLAIN = "original's step in plain PyTorch"
+PLAIN, OURS, LIGHTLY = "original's step in plain PyTorch", "ssl_fast.MoCo", "lightly"
 
 
 def cases(quick: bool) -> list[tuple[int, int, int]]:
@@ -66,11 +69,36 @@ class PlainMoCo(nn.Module):
         return F.cross_entropy(logits, labels)
 
 
+class LightlyMoCo(nn.Module):
+    """The same step of lightly's loss, memory bank and average."""
+
+    def __init__(self, plain: PlainMoCo) -> None:
+        from lightly.loss import NTXentLoss
+
+        super().__init__()
+        self.encoder_q, self.encoder_k, self.m = plain.encoder_q, plain.encoder_k, plain.m
+        keys = plain.queue.T.clone()  # type: ignore[operator]
+        self.criterion = NTXentLoss(plain.T, memory_bank_size=tuple(keys.shape)).to(keys)
+        self.criterion.memory_bank.bank = keys
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Tensor:
+        from lightly.models.utils import update_momentum
+
+        q = self.encoder_q(im_q)
+        with torch.no_grad():
+            update_momentum(self.encoder_q, self.encoder_k, self.m)
+            k = self.encoder_k(im_k)
+        return self.criterion(q, k)
+
+
 def model_of(name: str, K: int) -> nn.Module:
     """From the same weights and queue, whichever it is."""
     torch.manual_seed(0)
     ours = MoCo(ConvNet(1), K=K, T=0.2, mlp=True, features=128).to(DEVICE)
-    return PlainMoCo.like(ours) if name == PLAIN else ours
+    if name == OURS:
+        return ours
+    plain = PlainMoCo.like(ours)
+    return LightlyMoCo(plain) if name == LIGHTLY else plain
 
 
 def step_of(model: nn.Module, images: Tensor) -> Step:
@@ -98,10 +126,12 @@ def setup(N: int, K: int, size: int) -> Table:
         losses = [torch.stack([step() for _ in range(5)]) for step in steps]
         return common.relative_error(losses[:1], losses[1:])
 
-    found = [
-        Provider(name, lambda name=name: build(name), error=lambda name=name: error(name))
-        for name in (PLAIN, "ssl_fast.MoCo")
-    ]
+    names = [PLAIN, OURS]
+    with contextlib.suppress(ImportError):
+        import lightly.loss  # noqa: F401
+
+        names.append(LIGHTLY)
+    found = [Provider(name, lambda name=name: build(name), error=lambda name=name: error(name)) for name in names]
     return Table("moco", f"N {N} K {K} {size}x{size}", found)
 
 

@@ -58,6 +58,8 @@ def dense_bf16_runs() -> bool:
 def losses(N: int, D: int) -> dict[str, Loss]:
     """Of fp32 inputs, by provider."""
     found: dict[str, Loss] = {"ssl_fast": ssl_fast.NTXentLoss(TEMPERATURE), "dense PyTorch": dense}
+    if N <= 4096:  # beyond, what it takes is not asked for beforehand
+        found["torch.compile"] = torch.compile(dense)
     with contextlib.suppress(ImportError):
         from lightly.loss import NTXentLoss
 
@@ -96,7 +98,7 @@ def provider(name: str, loss: Loss, dtype: str, N: int, D: int) -> Provider:
         return common.relative_error(torch.autograd.grad(loss(z1, z2), z1), [truth])
 
     fits = N <= 4096  # the fp64 matrix, and the time it takes
-    return Provider(name, build, dtype, work=WORK, error=error if fits else None)
+    return Provider(name, build, dtype, work=WORK, error=error if fits else None, compiled=name == "torch.compile")
 
 
 def forward_alone(N: int, D: int) -> common.Step:

@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    common.DEVICE = "cpu"  # as the tensors that gloo sends, where there is a GPU too
     if arguments.worker:
         rank, world, folder, N, D = arguments.worker
         worker(int(rank), int(world), folder, int(N), int(D))

@@ -4,21 +4,16 @@ A step: two views of a batch of bytes, encoder and head, loss, backward pass, SG
 is evaluated. Network, weights, batch and precision are the same for all; augmentation, loss and average are each
 library's own, and ours has gone through `accelerate`. The encoder's part is its forward and backward pass.
 
-`python -m benches.bench_simclr` prints the table and writes the rows to benches/results.csv; `--profile FOLDER`
-profiles one step of ours instead, and leaves a trace for chrome://tracing or ui.perfetto.dev, and a picture of what
-takes longest.
+`python -m benches.bench_simclr` prints the table and writes the rows to benches/results.csv; `--profile FOLDER` leaves
+a trace and a picture of one step of ours instead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import gzip
-import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +22,7 @@ from torch import Tensor, nn
 import ssl_fast
 from benches import common
 from benches.bench_nt_xent import dense
+from benches.bench_two_views import torchvision_steps
 from benches.common import DEVICE, Provider, Step, Table
 from ssl_fast.augment import POLICIES, TwoViews
 from ssl_fast.methods.simclr import projection_head
@@ -34,7 +30,6 @@ from ssl_fast.methods.simclr import projection_head
 PARTS = ("data", "encoder", "loss", "optimizer", "ema")
 TEMPERATURE, MOMENTUM = 0.1, 0.999
 OURS, PLAIN = "ssl_fast", "plain PyTorch"
-TOP = 12  # bars of a profile
 
 Views = tuple[Tensor, Tensor]
 
@@ -55,16 +50,6 @@ def two_views(policy: Callable[..., Tensor], images: Tensor) -> Views:
     return views[0], views[1]
 
 
-def plain_policy(pixels: int) -> Callable[..., Tensor]:
-    from torchvision.transforms import v2
-
-    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-    crop = v2.RandomResizedCrop(pixels, antialias=True)
-    to_float = v2.ToDtype(torch.float32, scale=True)
-    normalize = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return v2.Compose([crop, v2.RandomHorizontalFlip(), jitter, v2.RandomGrayscale(p=0.2), to_float, normalize])
-
-
 def lightly_views(pixels: int) -> Callable[[Tensor], Views]:
     from lightly.transforms import SimCLRTransform
     from torchvision.transforms.functional import to_pil_image
@@ -80,7 +65,7 @@ def lightly_views(pixels: int) -> Callable[[Tensor], Views]:
 
 def our_views(pixels: int) -> Callable[[Tensor], Views]:
     draw = TwoViews(POLICIES["simclr_small"], pixels)
-    return lambda images: draw(images.to(DEVICE), key=(0,))
+    return lambda images: draw(images.to(DEVICE), torch.arange(len(images)))
 
 
 @torch.no_grad()
@@ -102,7 +87,10 @@ def libraries(pixels: int) -> dict[str, Callable[[], tuple[Callable[[Tensor], Vi
         average = partial(ssl_fast.update_momentum, m=MOMENTUM)
         return our_views(pixels), ssl_fast.NTXentLoss(TEMPERATURE), average
 
-    found = {PLAIN: lambda: (partial(two_views, plain_policy(pixels)), dense, naive_average), OURS: ours}
+    def plain() -> tuple[Any, Any, Any]:
+        return partial(two_views, torchvision_steps(POLICIES["simclr_small"], pixels)), dense, naive_average
+
+    found = {PLAIN: plain, OURS: ours}
     with contextlib.suppress(ImportError):
         import lightly.loss  # noqa: F401
 
@@ -189,41 +177,5 @@ def setup(name: str, pixels: int, batch: int) -> Table:
     return Table("simclr", f"{name} {batch}x3x{pixels}x{pixels}", found)
 
 
-def profile(folder: Path) -> None:
-    """A trace of one step of ours, and what takes longest in it as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    step = steps_of(*cases(False)[0], OURS)[""]
-    step()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if DEVICE == "cuda" else []
-    with torch.profiler.profile(activities=activities) as recorded:
-        step()
-    folder.mkdir(parents=True, exist_ok=True)
-    trace = folder / "simclr_trace.json"
-    recorded.export_chrome_trace(str(trace))
-    with trace.open("rb") as plain, gzip.open(f"{trace}.gz", "wb") as packed:
-        shutil.copyfileobj(plain, packed)
-    trace.unlink()
-
-    own = f"self_{'device' if DEVICE == 'cuda' else 'cpu'}_time_total"
-    events = sorted(recorded.key_averages(), key=lambda event: getattr(event, own))[-TOP:]
-    total = sum(getattr(event, own) for event in recorded.key_averages())
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    bars = axis.barh([e.key[:60] for e in events], [getattr(e, own) / 1e3 for e in events])
-    axis.bar_label(bars, [f"{getattr(e, own) / total:.0%}" for e in events], padding=3)
-    name, pixels, batch = cases(False)[0]
-    axis.set(xlabel="ms")
-    figure.suptitle(f"a SimCLR step of {name}, {batch} images of {pixels} px, on {common.device_name()}", fontsize=10)
-    figure.savefig(folder / "simclr_profile.png", dpi=110)
-    print(f"{trace}.gz and {folder / 'simclr_profile.png'} written")
-
-
 if __name__ == "__main__":
-    if "--profile" in sys.argv[1:-1]:
-        profile(Path(sys.argv[sys.argv.index("--profile") + 1]))
-    else:
-        common.main(__doc__, cases, setup, seconds=60.0, allocators=("default",))
+    common.main(__doc__, cases, setup, seconds=60.0, allocators=("default",))

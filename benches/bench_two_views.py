@@ -1,26 +1,26 @@
 """Two augmented views of every image of a batch: torchvision's transforms v2 image by image, in this process and in a
-DataLoader of two workers, kornia on the batch, and a copy of the views, the floor of any way to make them.
+DataLoader of two workers, kornia on the batch, and a copy of as many views.
 
-`python -m benches.bench_two_views` prints the tables and writes the rows to benches/results.csv. `--quick` takes fewer
-images and writes nothing. The ratio is to ours; views a second are 2 N / time. Memory is what one call adds, in a fresh
-process.
+`python -m benches.bench_two_views` prints the tables and writes the rows to benches/results.csv. The floor is the views
+written once, half of what their copy moves; views a second are 2 N / time. The error is against the same views in fp64,
+of the first images; the others draw views of their own.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+import contextlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benches import common
-from ssl_fast.augment import POLICIES, Policy, TwoViews
-from ssl_fast.ops.two_views import MEAN_STD, PackedImages
+from benches.common import DEVICE, Provider, Step, Table
+from ssl_fast.augment import POLICIES, Policy, TwoViews, sample_view_params
+from ssl_fast.ops.two_views import MEAN_STD, PackedImages, _reference, sizes_of, two_views
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Name: heights and widths of the images, side of a view, images of a batch on a CPU and on a GPU.
 CASES = {
     "32 -> 32": ([(32, 32)], 32, 512, 4096),
@@ -28,12 +28,19 @@ CASES = {
     "ragged -> 224": ([(375, 500), (500, 333), (281, 500), (256, 256), (400, 400)], 224, 32, 256),
 }
 POLICY = {"no blur": "simclr_small", "blur": "moco_v2"}
-OURS = "ssl_fast"
+JUDGED = 8  # images that the error is of
 
 
-def images_of(case: str, quick: bool) -> Tensor | PackedImages:
-    shapes, _, on_cpu, on_gpu = CASES[case]
-    n = (on_gpu if DEVICE == "cuda" else on_cpu) // (4 if quick else 1)
+def cases(quick: bool) -> list[tuple[str, str, int]]:
+    """The images and their views, whether views are blurred, and how many images."""
+    if quick:
+        return [("32 -> 32", "no blur", 64), ("ragged -> 224", "blur", 8)]
+    return [(case, blur, CASES[case][3 if DEVICE == "cuda" else 2]) for case in CASES for blur in POLICY]
+
+
+@lru_cache(1)
+def images_of(case: str, n: int) -> Tensor | PackedImages:
+    shapes = CASES[case][0]
     generator = torch.Generator().manual_seed(0)
     images = [
         torch.randint(256, (3, *shapes[i % len(shapes)]), dtype=torch.uint8, generator=generator) for i in range(n)
@@ -42,19 +49,22 @@ def images_of(case: str, quick: bool) -> Tensor | PackedImages:
     return batch.to(torch.device(DEVICE))
 
 
-def torchvision_steps(policy: Policy, size: int) -> Callable[[Tensor], Tensor]:
-    from torchvision.transforms import v2
+def torchvision_steps(policy: Policy, size: int, channels: int = 3) -> Callable[[Tensor], Tensor]:
+    """A view of one image of bytes by torchvision's classes, drawn as the policy says; its `second` is the caller's."""
+    from torchvision.transforms import InterpolationMode, v2
 
     s, kernel = policy.strength, max(3, size // 20 * 2 + 1)
     jitter = v2.ColorJitter(0.8 * s, 0.8 * s, policy.saturation * s, policy.hue * s)
     steps = [
-        v2.RandomResizedCrop(size, scale=policy.crop_area, antialias=True),
+        *([v2.RandomRotation(policy.rotate, InterpolationMode.BILINEAR)] if policy.rotate else []),
+        v2.RandomResizedCrop(size, scale=policy.crop_area, ratio=policy.crop_ratio, antialias=True),
         v2.RandomHorizontalFlip(policy.flip),
         v2.RandomApply([jitter], policy.jitter),
         v2.RandomGrayscale(policy.gray),
         v2.RandomApply([v2.GaussianBlur(kernel, policy.sigma)], policy.blur),
+        *([v2.RandomSolarize(128, policy.solarize)] if policy.solarize else []),
         v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(*MEAN_STD[3]),
+        v2.Normalize(*MEAN_STD[channels]),
     ]
     return v2.Compose(steps)
 
@@ -99,65 +109,49 @@ def kornia_steps(policy: Policy, size: int) -> nn.Module:
     return nn.Sequential(*steps).to(DEVICE)
 
 
-def providers(case: str, blur: str, quick: bool) -> dict[str, Callable[[], Any]]:
+def setup(case: str, blur: str, n: int) -> Table:
     size, policy = CASES[case][1], POLICIES[POLICY[blur]]
-    images = images_of(case, quick)
-    index = torch.arange(len(images))
-    plain, half = TwoViews(policy, size), TwoViews(policy, size, dtype=torch.bfloat16)
-    steps, made = torchvision_steps(policy, size), torch.empty(2, len(images), 3, size, size, device=DEVICE)
-    kept = torch.empty_like(made)
-    on_host = images.to(torch.device("cpu"))
-    data = Loaded(on_host, steps)
-    found: dict[str, Callable[[], Any]] = {
-        OURS: lambda: plain(images, index),
-        "ssl_fast, bf16": lambda: half(images, index),
-        "torchvision": lambda: [torch.stack(views) for views in zip(*(data[i] for i in range(len(data))), strict=True)],
-        "torchvision, DataLoader of 2": loaded(data, min(32, len(data))),
-        "copy of the views": lambda: kept.copy_(made),
-    }
-    if isinstance(images, Tensor):
-        batch = kornia_steps(policy, size)
-        found["kornia"] = lambda: batch((images.float() / 255).repeat(2, 1, 1, 1))
-    return found
 
+    def ours(dtype: torch.dtype) -> Step:
+        draw, images, index = TwoViews(policy, size, dtype=dtype), images_of(case, n), torch.arange(n)
+        return lambda: draw(images, index)
 
-def rows_of(case: str, blur: str, quick: bool) -> list[common.Row]:
-    steps = providers(case, blur, quick)
-    measured = {name: common.timing(t) for name, t in common.interleave(steps, seconds=2.0 if quick else 8.0).items()}
-    rows = []
-    n = len(images_of(case, quick))
-    for provider, times in measured.items():
-        row = {"op": "two_views", "shape": f"{case}, {blur}, {n} images", "provider": provider, "allocator": "default"}
-        row |= {"dtype": "bfloat16" if "bf16" in provider else "float32", "to": OURS, **times}
-        row["ratio"], row["views/s"] = times["ms"] / measured[OURS]["ms"], 2e3 * n / times["ms"]
-        if "DataLoader" not in provider and "copy" not in provider:  # whose memory is that of its workers; or kept
-            arguments = ["--memory", provider, case, blur, *["--quick"] * quick]
-            row["extra_mb"] = common.in_fresh_process("benches.bench_two_views", arguments)
-        rows.append(row)
-    return rows
+    def error(dtype: torch.dtype) -> float:
+        batch = images_of(case, n)
+        images = batch[:JUDGED] if isinstance(batch, Tensor) else PackedImages.of([batch[i] for i in range(JUDGED)])
+        params = sample_view_params(torch.arange(JUDGED), *sizes_of(images), policy, size=size).to(DEVICE)
+        data, table = (images, None) if isinstance(images, Tensor) else (images.data, images.table)
+        truth = _reference(data, table, params, 3, size, *MEAN_STD[3], torch.float64)
+        return common.relative_error([two_views(images, params, size, dtype=dtype)], [truth])
 
+    def data() -> Loaded:
+        return Loaded(images_of(case, n).to(torch.device("cpu")), torchvision_steps(policy, size))
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a quarter of the images, and nothing written")
-    parser.add_argument("--memory", nargs=3, metavar=("PROVIDER", "CASE", "BLUR"), help="for this bench's own use")
-    given = parser.parse_args()
-    if given.memory:
-        provider, case, blur = given.memory
-        step = providers(case, blur, given.quick)[provider]
-        print(common.extra_memory(step))
-        return
-    print(f"two views of every image on {common.device_name()}, {torch.get_num_threads()} threads")
-    conditions = common.conditions()
-    for case in CASES:
-        for blur in POLICY:
-            rows = rows_of(case, blur, given.quick)
-            print(f"\n{rows[0]['shape']}")
-            columns = ("provider", "ms", "ms_p20", "ms_p80", "ratio", "views/s", "extra_mb")
-            print(common.table(rows, columns), flush=True)
-            if not given.quick:
-                common.save([row | conditions for row in rows])
+    def here() -> Step:
+        made = data()
+        return lambda: [torch.stack(views) for views in zip(*(made[i] for i in range(n)), strict=True)]
+
+    def by_kornia() -> Step:
+        batch, images = kornia_steps(policy, size), images_of(case, n)
+        return lambda: batch((images.float() / 255).repeat(2, 1, 1, 1))
+
+    found = [common.copy_of(lambda: torch.rand(2, n, 3, size, size, device=DEVICE))]
+    for dtype, written in ((torch.float32, 0.5), (torch.bfloat16, 0.25)):
+        name = str(dtype).removeprefix("torch.")
+        found.append(Provider("ssl_fast", partial(ours, dtype), name, work=written, error=partial(error, dtype)))
+    with contextlib.suppress(ImportError):
+        import torchvision.transforms.v2  # noqa: F401
+
+        found.append(Provider("torchvision", here, work=0.5))
+        loader = lambda: loaded(data(), min(32, n))  # noqa: E731
+        found.append(Provider("torchvision, DataLoader of 2", loader, work=0.5, elsewhere=True))
+    if len(CASES[case][0]) == 1:
+        with contextlib.suppress(ImportError):
+            import kornia.augmentation  # noqa: F401
+
+            found.append(Provider("kornia", by_kornia, work=0.5))
+    return Table("two_views", f"{case}, {blur}, {n} images", found, bytes=2.0 * 4 * 2 * n * 3 * size * size)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.main(__doc__, cases, setup, seconds=8.0, allocators=("default",))

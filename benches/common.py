@@ -13,11 +13,14 @@ import ctypes
 import datetime
 import functools
 import gc
+import gzip
 import importlib
+import io
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -37,8 +40,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results.csv")
 QUICK_RESULTS = ROOT / "out/bench/quick.csv"  # as ssl_fast/bench.py says
 COLUMNS = ("op", "shape", "dtype", "provider", "allocator", "ms", "ms_p20", "ms_p80", "ms_warm_l2", "ratio", "to",
-           "x_floor", "tflops", "gb_per_s", "extra_mb", "error", "device", "threads", "torch", "triton", "commit",
-           "date")  # fmt: skip
+           "x_floor", "tflops", "gb_per_s", "data_wait", "extra_mb", "error", "device", "threads", "torch", "triton",
+           "commit", "date")  # fmt: skip
 SHOWN = ("op", "dtype", "provider", "ms", "ms_p20", "ms_p80", "ratio", "x_floor", "extra_mb", "error")
 # Half of what eager PyTorch takes on a CPU is page faults: glibc maps tensors over 32 MiB afresh at every call. "warm"
 # keeps them in the heap, for every provider alike.
@@ -47,6 +50,7 @@ ALLOCATORS = {
     "warm": {"MALLOC_MMAP_THRESHOLD_": "68719476736", "MALLOC_TRIM_THRESHOLD_": "68719476736"},
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BARS = 12  # of a profile
 COPY, PRODUCT = "copy_", "mm(out=)"  # the two floors
 
 Row = dict[str, Any]
@@ -68,7 +72,8 @@ class Provider:
     op: str = ""
     work: float | None = None
     error: Callable[[], float] | None = None
-    compiled: bool = False  # its first call compiles, so its memory is that of a later one
+    compiled: bool = False  # its first call compiles: it is not timed, and its memory is that of a later one
+    elsewhere: bool = False  # in processes of its own, whose memory nobody counts here
 
     @property
     def key(self) -> str:
@@ -125,6 +130,9 @@ def measure(table: Table, seconds: float, allocator: str = "default", quick: boo
     peaks = {p.key: _first_call(p) for p in table.providers}
     running = [p for p in table.providers if peaks[p.key] is not None]
     steps = {p.key: p.build() for p in running}
+    for p in running:
+        if p.compiled:
+            steps[p.key]()
     measured = interleave(steps, cold=True, **least)
     warm = interleave(steps, **least) if DEVICE == "cuda" else {}
     rows: list[Row] = []
@@ -142,7 +150,7 @@ def measure(table: Table, seconds: float, allocator: str = "default", quick: boo
             row |= {"tflops": p.work * table.flop / row["ms"] / 1e9} if table.flop else {}
             row |= {"gb_per_s": p.work * table.bytes / row["ms"] / 1e6} if table.bytes else {}
         floor = p is table.providers[0] and p.work is not None
-        if allocator == "default" and not floor:
+        if allocator == "default" and not floor and not p.elsewhere:
             row["extra_mb"] = extra_memory(steps[p.key]) if p.compiled else peaks[p.key]
         if p.error is not None:
             row["error"] = p.error()
@@ -167,7 +175,7 @@ def _first_call(provider: Provider) -> float | None:
                 raise
             return None
 
-    if provider.compiled:
+    if provider.compiled or provider.elsewhere:
         return 0.0
     if DEVICE == "cuda":
         gc.collect()
@@ -191,10 +199,14 @@ def forked(work: Callable[[], Any]) -> Any:
         return receive.recv()
     except EOFError:
         child.join()
-        status = child.exitcode or 0
-        raise ChildProcessError(*(() if status >= 0 else (-status, "ended by a signal"))) from None
+        raise _ended(child.exitcode or 0) from None
     finally:
         child.join()
+
+
+def _ended(status: int) -> ChildProcessError:
+    """With an errno where a signal ended it, as the system does where memory ran out; else its error is shown above."""
+    return ChildProcessError(*(() if status >= 0 else (-status, "ended by a signal")))
 
 
 def _data_segment() -> int:
@@ -241,7 +253,7 @@ def _timed(step: Step, cold: bool) -> float:
 
 def timing(times: list[float]) -> Row:
     """Median, 20th and 80th percentile."""
-    cuts = quantiles(times, n=10) if len(times) > 1 else times * 9
+    cuts = quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
     return {"ms": cuts[4], "ms_p20": cuts[1], "ms_p80": cuts[7]}
 
 
@@ -261,6 +273,16 @@ def extra_memory(step: Step) -> float:
     return max(0, resident_memory("VmHWM") - before - (resident_memory("RssFile") - code)) / 1e6
 
 
+def apart(work: Callable[[], Any], module: str, arguments: Iterable[str], allocator: str = "default") -> Any:
+    """The result of `work`, or of `python -m module arguments`, which do the same, in a process of its own.
+
+    A fork is spared the imports, but has the allocator of this process, and no use of its CUDA.
+    """
+    if allocator == "default" and DEVICE == "cpu":
+        return forked(work)
+    return in_fresh_process(module, arguments, allocator)
+
+
 def in_fresh_process(module: str, arguments: Iterable[str], allocator: str = "default") -> Any:
     """Run `python -m module arguments` and return the JSON of its last line."""
     result = subprocess.run(
@@ -268,9 +290,10 @@ def in_fresh_process(module: str, arguments: Iterable[str], allocator: str = "de
         env={**os.environ, **ALLOCATORS[allocator]},
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
         cwd=ROOT,
     )
+    if result.returncode:
+        raise _ended(result.returncode)
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -287,20 +310,28 @@ def main(
 ) -> None:
     """The command line of a bench: each case is measured in a process of its own, shown, and saved at once.
 
-    `--quick` takes the small cases for a moment each and leaves the tracked results as they are.
+    `--quick` takes the small cases for a moment each and leaves the tracked results as they are; `--resume` goes on
+    where a run at this commit was interrupted; `--profile` profiles the first step of ours of the first case instead.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"small cases, rows to {QUICK_RESULTS.relative_to(ROOT)}")
     parser.add_argument("--only", default="", metavar="TEXT", help="the cases that hold this text, such as 64x64x56x56")
+    parser.add_argument("--resume", action="store_true", help="only cases without rows of this commit")
+    parser.add_argument(
+        "--profile", metavar="FOLDER", type=Path, help="leave a trace and a picture of ours there instead"
+    )
     parser.add_argument("--worker", nargs=2, metavar=("ALLOCATOR", "JSON"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
-    def measured_here(allocator: str, case: Sequence[Any]) -> list[Row]:
-        return measure(setup(*case), seconds, allocator, arguments.quick)
-
     if arguments.worker:
-        print(json.dumps(measured_here(arguments.worker[0], json.loads(arguments.worker[1]))))
+        allocator, case = arguments.worker[0], json.loads(arguments.worker[1])
+        print(json.dumps(measure(setup(*case), seconds, allocator, arguments.quick)))
         return
+    if arguments.profile:
+        profile(setup(*next(iter(cases(arguments.quick)))), arguments.profile)
+        return
+    import torch._dynamo  # noqa: F401, as measure does: once here, for every fork
+
     quick = ["--quick"] if arguments.quick else []
     module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
     rows: list[Row] = []
@@ -310,13 +341,47 @@ def main(
         if arguments.only not in given:
             continue
         for allocator in ("default",) if arguments.quick or DEVICE == "cuda" else allocators:
-            if allocator == "default" and DEVICE == "cpu":
-                measured = forked(lambda case=case: measured_here("default", case))
-            else:
-                measured = in_fresh_process(module, [*quick, "--worker", allocator, given], allocator)
+            table = setup(*case)  # what it imports is there for the next case
+            if arguments.resume and saved(table, allocator, arguments.quick):
+                continue
+            work = functools.partial(measure, table, seconds, allocator, arguments.quick)
+            measured = apart(work, module, [*quick, "--worker", allocator, given], allocator)
             show(measured)
             rows += measured
             save(rows, arguments.quick)  # after each table: what an interruption leaves is kept
+
+
+def profile(measured: Table, folder: Path) -> None:
+    """A trace of one step of the table's first provider of ours, for chrome://tracing or ui.perfetto.dev, and a picture
+    of what takes longest in it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    step = next(p for p in measured.providers if p.name.startswith("ssl_fast")).build()
+    step()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if DEVICE == "cuda" else []
+    with torch.profiler.profile(activities=activities) as recorded:
+        step()
+    folder.mkdir(parents=True, exist_ok=True)
+    trace = folder / f"{measured.op}_trace.json"
+    recorded.export_chrome_trace(str(trace))
+    with trace.open("rb") as plain, gzip.open(f"{trace}.gz", "wb") as packed:
+        shutil.copyfileobj(plain, packed)
+    trace.unlink()
+
+    own = f"self_{'device' if DEVICE == 'cuda' else 'cpu'}_time_total"
+    events = sorted(recorded.key_averages(), key=lambda event: getattr(event, own))[-BARS:]
+    total = sum(getattr(event, own) for event in recorded.key_averages())
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    bars = axis.barh([e.key[:60] for e in events], [getattr(e, own) / 1e3 for e in events])
+    axis.bar_label(bars, [f"{getattr(e, own) / total:.0%}" for e in events], padding=3)
+    axis.set(xlabel="ms")
+    figure.suptitle(f"a step of {measured.op}, {measured.shape}, on {device_name()}", fontsize=10)
+    figure.savefig(folder / f"{measured.op}_profile.png", dpi=110)
+    print(f"{trace}.gz and {folder / f'{measured.op}_profile.png'} written")
 
 
 def show(rows: list[Row]) -> None:
@@ -371,11 +436,28 @@ def _triton_version() -> str:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    """With `-dirty` where a tracked file differs, other than the rows, the pages that show them, and tests."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        others = (f":!{path}" for path in (RESULTS.relative_to(ROOT), "*.md", "docs", "tests"))
+        changed = git("diff", "--name-only", "HEAD", "--", ".", *others)
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except FileNotFoundError:
         return ""
+
+
+def saved(table: Table, allocator: str, quick: bool = False, path: Path | None = None) -> bool:
+    """Whether there are rows of all of a table's providers, measured under the conditions of this process."""
+    path = path or (QUICK_RESULTS if quick else RESULTS)
+    same = ("op", "shape", "dtype", "provider", "allocator", "device", "threads", "torch", "commit")
+    here = conditions() | {"shape": table.shape, "allocator": allocator}
+    with path.open(newline="") if path.exists() else io.StringIO() as file:
+        there = {tuple(row[k] for k in same) for row in csv.DictReader(file)}
+    own = (here | {"op": p.op or table.op, "dtype": p.dtype, "provider": p.name} for p in table.providers)
+    return there.issuperset(tuple(str(row[k]) for k in same) for row in own)
 
 
 def save(rows: list[Row], quick: bool = False, path: Path | None = None) -> None:

@@ -106,7 +106,7 @@ def pretrain(name: str, seed: int, data: ImageData, source: str, out: Path, epoc
     given = dict(RUNS[name])
     given["batch_size"] = min(given["batch_size"], len(data.train) // 2)  # of --quick
     train(folder, source, model=encoder(seed), epochs=epochs, seed=seed, knn_every=0, probe_every=0,
-          resume=(folder / "args.yaml").exists(), **given)  # fmt: skip
+          resume="auto", **given)  # fmt: skip
     saved = read_checkpoint(folder / "checkpoints" / "last.pt")
     trained = load_encoder(saved, encoder(seed))
     return scores(trained, data, None if name == "none" else load_head(saved, trained))
@@ -125,7 +125,7 @@ def cell(values: list[float]) -> str:
     if not values:
         return ""
     spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.2f}{spread}"
+    return f"{round(100 * statistics.mean(values), 2) + 0.0:.2f}{spread}"  # -0.0 + 0.0 is 0.0
 
 
 def summary(rows: list[Row], names: dict[str, str], columns: tuple[str, ...]) -> str:
@@ -147,7 +147,15 @@ def verdict(rows: list[Row], claim: str, better: tuple[str, str], worse: tuple[s
     ]
     gains = [a - b for a, b in pairs]
     ahead, behind = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
-    says = "holds" if ahead == len(gains) else "does not hold" if behind == len(gains) else "not settled"
+    says = (
+        "not run"
+        if not gains
+        else "holds"
+        if ahead == len(gains)
+        else "does not hold"
+        if behind == len(gains)
+        else "not settled"
+    )
     return {"claim": claim, "difference": cell(gains), "seeds ahead": f"{ahead} of {len(gains)}", "here": says}
 
 

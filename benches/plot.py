@@ -1,5 +1,5 @@
-"""Makes the README's tables and its pictures from benches/results.csv, and the picture of docs/norms.md:
-`python -m benches.plot`. A second run changes nothing."""
+"""Makes the tables of README and docs/kernels.md and their pictures from benches/results.csv, and the picture of
+docs/norms.md: `python -m benches.plot`. A second run changes nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from benches import common
 
 README = common.ROOT / "README.md"
 DOCS = common.ROOT / "docs"
-FLOORS = (common.COPY, common.PRODUCT, "copy of as many bytes", "copy of the weights")
+KERNELS = DOCS / "kernels.md"
+FLOORS = (common.COPY, common.PRODUCT, "copy of as many bytes", "copy of the weights", "matrix products")
 # Not what a user calls, or not the one that is chosen.
 NOT_THE_PRODUCT = ("kernels", "forward alone", "reference", "stochastic")
 
@@ -24,13 +25,20 @@ LOSSES = {"nt_xent": "NT-Xent", "info_nce": "InfoNCE, queue", "clip": "CLIP", "s
 NORMS = {"batch_norm": "", "layer_norm": "LN ", "instance_norm": "IN "}  # the shapes of batch norm name it
 STEPS = {"ema": "EMA", "moco": "MoCo step", "accelerate": "training step", "two_views": "views"}
 PARTS = ("data", "encoder", "loss", "optimizer", "ema")
+# Steps of the floor's in one of an op, as its bench has it and docs/kernels.md derives it.
+WORK = {"nt_xent": 2.0, "info_nce": 2.0, "clip": 3.0, "sup_con": 2.0, "barlow_twins": 1.0, "batch_norm": 5.0,
+        "layer_norm": 2.5, "instance_norm": 2.5, "ema": 1.0, "conv_bn refresh": 1.0, "two_views": 0.5,
+        "knn": 1.0}  # fmt: skip
+PLAIN = ("dense PyTorch", "mm + cat + cross_entropy", "eager", "mul_ add_", "torch.fx fuse", "torchvision",
+         "scikit-learn, brute")  # fmt: skip
 
 
 def rows_of(*ops: str) -> Rows:
-    """What results.csv has of these ops, in their order."""
+    """What results.csv has of these ops, in their order; of all without any."""
     with common.RESULTS.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["op"] in ops]
-    return sorted(rows, key=lambda row: ops.index(row["op"]))
+        rows = [row for row in csv.DictReader(file) if not ops or row["op"] in ops]
+    order = ops or sorted({row["op"] for row in rows})
+    return sorted(rows, key=lambda row: order.index(row["op"]))
 
 
 def norm_block() -> str:
@@ -94,6 +102,7 @@ def step_block() -> str:
                 "dtype": row["dtype"],
                 "provider": row["provider"],
                 "ms": row["ms"],
+                "images/s": images_a_second(row),
                 "ratio": row["ratio"],
                 "to": row["to"],
                 "peak extra MB": row["extra_mb"],
@@ -154,13 +163,17 @@ def lost_block() -> str:
                 found.append(line)
         return found
 
-    return by_device(
-        [r for r in rows_of(*LOSSES, *NORMS, *STEPS, "simclr", "barlow_twins", "conv_bn") if r["ms"]], lines
-    )
+    return by_device([row for row in rows_of() if row["ms"]], lines)
 
 
 def time(row: dict[str, str]) -> float:
     return float(row["ms"])
+
+
+def images_a_second(row: dict[str, str]) -> float | str:
+    """Of a shape that says how many images a step has."""
+    found = re.search(r"(\d+)x3x|N (\d+) K|(\d+) images", row["shape"])
+    return int(next(filter(None, found.groups()))) / time(row) * 1e3 if found else ""
 
 
 def simclr_block() -> str:
@@ -172,7 +185,7 @@ def simclr_block() -> str:
                 "network, images": unbroken(row["shape"]),
                 "precision": row["dtype"],
                 "provider": row["provider"],
-                "images/s": int(re.findall(r"(\d+)x3x", row["shape"])[0]) / time(row) * 1e3,
+                "images/s": images_a_second(row),
                 "ms": row["ms"],
                 "x plain PyTorch": row["ratio"],
                 "peak extra MB": row["extra_mb"],
@@ -184,6 +197,25 @@ def simclr_block() -> str:
     rows = rows_of("simclr")
     picture = "![a SimCLR step by its parts](docs/simclr.svg)\n\n" if rows else ""
     return picture + by_device(rows, lines)
+
+
+def data_block() -> str:
+    """Whole steps by who makes the views, and how long a step waits for them."""
+
+    def lines(here: Rows) -> list[common.Row]:
+        return [
+            {
+                "step of SimCLR": row["shape"],
+                "views by": row["provider"],
+                "images/s": images_a_second(row),
+                "waiting for views": f"{float(row['data_wait']):.1%}",
+                "ms": row["ms"],
+                "x ours": row["ratio"],
+            }
+            for row in here
+        ]
+
+    return by_device(rows_of("two_views step"), lines)
 
 
 def by_device(rows: Rows, lines: Callable[[Rows], list[common.Row]]) -> str:
@@ -202,15 +234,60 @@ def unbroken(text: str) -> str:
     return text.replace(" ", "\u00a0")
 
 
+def place_block() -> str:
+    """How far from its floor each op is in fp32, forward and backward: the largest shape, allocator warm where it was
+    measured."""
+
+    def lines(here: Rows) -> list[common.Row]:
+        found: list[common.Row] = []
+        for op, work in WORK.items():
+            rows = [r for r in here if r["op"] == op and r["dtype"] == "float32" and r["ms"]]
+            rows = [r for r in rows if r["allocator"] == "warm"] or rows
+            floors = [r for r in rows if r["provider"] in FLOORS]
+            if not floors:
+                found.append({"op": op, "shape": "not measured yet"})
+                continue
+            floor = max(floors, key=time)
+            own = [r for r in rows if r["shape"] == floor["shape"] and r["provider"] not in FLOORS]
+            own = [r for r in own if not any(word in r["provider"] for word in (*NOT_THE_PRODUCT, "nothing changed"))]
+            line: common.Row = {"op": op, "shape": unbroken(floor["shape"]), "allocator": floor["allocator"]}
+            line["floor, ms"] = time(floor) * work
+            kinds = {"ours": ("ssl_fast", "refresh"), "plain": PLAIN, "torch.compile": ("torch.compile",)}
+            for kind, names in kinds.items():
+                times = [time(r) for r in own if r["provider"].startswith(names)]
+                line[f"{kind}, floors"] = min(times) / time(floor) / work if times else ""
+            found.append(line)
+        return found
+
+    return by_device(rows_of(*WORK), lines)
+
+
+def large_block() -> str:
+    """Images a second and the peak of each way to take a step, by batch."""
+
+    def lines(here: Rows) -> list[common.Row]:
+        found: dict[str, common.Row] = {}
+        for row in here:
+            step = found.setdefault(row["shape"], {"network, batch": unbroken(row["shape"])})
+            pace = row["ms"] and int(row["shape"].split("batch=")[1].split()[0]) / time(row) * 1e3
+            step[row["provider"]] = f"{pace:.0f}/s, {float(row['extra_mb']):.0f} MB" if pace else "out of memory"
+        return list(found.values())
+
+    return by_device(rows_of("large_batch"), lines)
+
+
 def updated(readme: str) -> str:
     """The README with the tables that benches/results.csv gives now."""
-    blocks = {"losses": loss_block(), "norms": norm_block(), "folds": fold_block(), "steps": step_block()}
-    blocks |= {"simclr": simclr_block(), "lost": lost_block()}
+    blocks = {"losses": loss_block, "norms": norm_block, "folds": fold_block, "steps": step_block}
+    return with_blocks(readme, {**blocks, "simclr": simclr_block, "data": data_block, "lost": lost_block})
+
+
+def with_blocks(text: str, blocks: dict[str, Callable[[], str]]) -> str:
     for name, block in blocks.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, rest = readme.split(begin)
-        readme = f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
-    return readme
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{block()}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 # ---- pictures
@@ -385,6 +462,9 @@ def draw(folder: Path) -> list[Path]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     README.write_text(updated(README.read_text()))
+    KERNELS.write_text(with_blocks(KERNELS.read_text(), {"places": place_block}))
+    large = DOCS / "large_batches.md"
+    large.write_text(with_blocks(large.read_text(), {"large": large_block}))
     draw(DOCS)
 
 

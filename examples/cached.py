@@ -10,24 +10,13 @@ import sys
 import torch
 import torchvision
 from torch import nn
-from torchvision.transforms import v2
 
-from ssl_fast import NTXentLoss, accelerate, cached_step
-
-
-class TwoViews:
-    def __init__(self, transform):
-        self.transform = transform
-
-    def __call__(self, image):
-        return self.transform(image), self.transform(image)
+from ssl_fast import NTXentLoss, TwoViews, accelerate, cached_step
 
 
 def main(steps=100, batch_size=4096, micro_batch=256):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-    crop, to_float = v2.RandomResizedCrop(32, antialias=True), v2.ToDtype(torch.float32, scale=True)
-    augment = TwoViews(v2.Compose([v2.ToImage(), crop, v2.RandomHorizontalFlip(), jitter, to_float]))
+    augment = TwoViews("simclr_small", 32)
     try:
         data = torchvision.datasets.CIFAR10("data", transform=augment, download=True)
     except Exception as error:

@@ -1,36 +1,26 @@
 """MoCo v2 in a plain PyTorch loop with ssl_fast's parts: python examples/moco.py [EPOCHS]
 
 Trains a ResNet-18 with the stem for small images on CIFAR-10, or, where torchvision finds no copy in ./data and cannot
-download one, on random pictures, so that the loop can be tried anywhere. What is ours: the key encoder's average, the
-queue, the loss, and batch norm over parts of the batch. `ssl_fast.MoCo` is all of it in one module.
+download one, on random pictures, so that the loop can be tried anywhere. What is ours: the views, the key encoder's
+average, the queue, the loss, and batch norm over parts of the batch. `ssl_fast.MoCo` is all of it in one module.
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
-from ssl_fast import EMA, InfoNCE, KeyQueue
+from ssl_fast import EMA, InfoNCE, KeyQueue, TwoViews
+from ssl_fast.augment import POLICIES
 from ssl_fast.nn import BatchNorm2d
-
-
-class TwoViews:
-    def __init__(self, transform):
-        self.transform = transform
-
-    def __call__(self, image):
-        return self.transform(image), self.transform(image)
 
 
 def main(epochs=10, batch_size=256):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
-    crop = v2.RandomResizedCrop(32, scale=(0.2, 1.0), antialias=True)
-    flip, gray, to_float = v2.RandomHorizontalFlip(), v2.RandomGrayscale(0.2), v2.ToDtype(torch.float32, scale=True)
-    augment = TwoViews(v2.Compose([v2.ToImage(), crop, flip, jitter, gray, to_float]))
+    augment = TwoViews(replace(POLICIES["moco_v2"], blur=0.0), 32)
     try:
         data = torchvision.datasets.CIFAR10("data", transform=augment, download=True)
     except Exception as error:

@@ -1,7 +1,7 @@
-"""SimCLR in a plain PyTorch loop with ssl_fast's loss: python examples/simclr.py [EPOCHS]
+"""SimCLR in a plain PyTorch loop with ssl_fast's views and loss: python examples/simclr.py [EPOCHS]
 
 Trains a ResNet-18 with the stem for small images on CIFAR-10, or, where torchvision finds no copy in ./data and cannot
-download one, on random pictures, so that the loop can be tried anywhere. The one line that is ours is the criterion.
+download one, on random pictures, so that the loop can be tried anywhere. Two lines are ours: `augment` and `criterion`.
 """
 
 import sys
@@ -9,36 +9,18 @@ import sys
 import torch
 import torchvision
 from torch import nn
-from torchvision.transforms import v2
 
-from ssl_fast import NTXentLoss
-
-
-class TwoViews:
-    def __init__(self, transform):
-        self.transform = transform
-
-    def __call__(self, image):
-        return self.transform(image), self.transform(image)
+from ssl_fast import NTXentLoss, TwoViews
 
 
 def main(epochs=10, batch_size=256):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    augment = v2.Compose(
-        [
-            v2.ToImage(),
-            v2.RandomResizedCrop(32, antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            v2.RandomGrayscale(p=0.2),
-            v2.ToDtype(torch.float32, scale=True),
-        ]
-    )
+    augment = TwoViews("simclr_small", 32)
     try:
-        data = torchvision.datasets.CIFAR10("data", transform=TwoViews(augment), download=True)
+        data = torchvision.datasets.CIFAR10("data", transform=augment, download=True)
     except Exception as error:
         print(f"no CIFAR-10 ({error}): random pictures")
-        data = torchvision.datasets.FakeData(512, (3, 32, 32), transform=TwoViews(augment))
+        data = torchvision.datasets.FakeData(512, (3, 32, 32), transform=augment)
     loader = torch.utils.data.DataLoader(data, batch_size, shuffle=True, drop_last=True, num_workers=2)
 
     encoder = torchvision.models.resnet18()
