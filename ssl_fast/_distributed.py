@@ -63,10 +63,14 @@ def share(z: Tensor, group: Any, strategy: str) -> Ranks | None:
     return None if group is None else Ranks(z, group, strategy)
 
 
-def processes(gather_distributed: bool, group: Any, strategy: str) -> Any:
-    """The process group that shares a loss's batch; None where this process is alone with it."""
+def check_strategy(strategy: object) -> None:
     if strategy not in ("gather", "ring"):
         raise ValueError(f"strategy: got {strategy!r}, allowed: 'gather', 'ring'")
+
+
+def processes(gather_distributed: bool, group: Any, strategy: str) -> Any:
+    """The process group that shares a loss's batch; None where this process is alone with it."""
+    check_strategy(strategy)
     if not isinstance(gather_distributed, bool):
         raise TypeError(f"gather_distributed: got {gather_distributed!r}, allowed: True, False")
     if not (gather_distributed or group is not None) or not (dist.is_available() and dist.is_initialized()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def defaults(function: Callable[..., Any], method: str) -> dict[str, Any]:
 
 def instead_of(name: str, allowed: list[str]) -> str:
     """What to say of an argument that is not there: the nearest name, and those that are."""
-    if "accum" in name:
+    if re.search("accum|grad_?acc|update_freq|iter_size", name):
         return (
             "which a contrastive loss does not have: each image would meet the negatives of its own part of the batch "
             "alone, and the sum of those losses is another loss. Give the whole batch_size, and micro_batch=N or auto: "

@@ -94,14 +94,16 @@ def run_group(command: list[str], seconds: float | None = None, **options: Any) 
     Raises:
         subprocess.TimeoutExpired: after these seconds.
     """
-    process = None
+    process: subprocess.Popen[Any] | None = None
     with _exit_on_signals():
         try:
             with _signals_wait():
                 process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **options)
             return process.wait(seconds)
         except BaseException:
-            for signum in (signal.SIGTERM, signal.SIGKILL) if process else ():
+            for signum in (signal.SIGTERM, signal.SIGKILL):
+                if process is None:
+                    break
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signum)
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -144,8 +146,8 @@ def _signals_wait() -> Iterator[None]:
     finally:
         for signum, handler in held.items():
             signal.signal(signum, handler)
-        for signum in arrived[:1]:
-            signal.raise_signal(signum)
+        if arrived:
+            signal.raise_signal(arrived[0])
 
 
 def _lines(path: Path) -> set[tuple[str, ...]]:

@@ -18,12 +18,14 @@ import functools
 import gc
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ssl_fast._distributed import everyone, rank_and_world
@@ -58,7 +60,8 @@ def cached_step(
     Args:
         encoder: from rows of a view (n, ...) to embeddings (n, ...), a tensor; or a list of such modules, one for each
             view, as in CLIP. The same module may appear more than once.
-        views: tensors of N rows each, a micro-batch of which is moved to the encoder's device when its turn comes.
+        views: tensors of N rows each, a micro-batch of which is moved to the encoder's device when its turn comes. They
+            may require a gradient, but not have a history.
         loss: called once, as loss(*embeddings) with the embeddings of all N rows of each view; returns a scalar. Its
             own parameters, such as a temperature, get their gradients.
         micro_batch: rows of a view that the encoder sees at once; the batch is cut into equal parts of at most as many.
@@ -92,7 +95,8 @@ def cached_step(
         with torch.no_grad():
             for rows_of_view in view.tensor_split(parts):
                 states.append(_Generators(devices))
-                pieces.append(_embed(own, rows_of_view))
+                with _naming_micro_batch(micro_batch, rows_of_view):
+                    pieces.append(_embed(own, rows_of_view))
             learned = any(p.requires_grad for p in own.parameters()) or view.requires_grad
             embeddings.append(torch.cat(pieces).requires_grad_(learned))
         drawn.append(states)
@@ -128,9 +132,9 @@ class CachedStep:
     At the first call micro-batches are measured (peak RSS on a CPU, max_memory_allocated on a GPU), each twice the one
     before, until one takes a quarter of the budget or a GiB; the line through them says how many rows fit. The
     step itself does not notice. Should memory run out all the same, the micro-batch is halved, a warning says so, and
-    the step begins again as if nothing had been: gradients, buffers and generators are those of before. Several
-    processes measure together, and take the smallest of what they find; a lack of memory is an error there, as the
-    others would not know of it.
+    the step begins again as if nothing had been: gradients, generators and the buffers of the encoder and of a loss
+    that is a module are those of before. Batch norm in training is left two rows. Several processes measure together,
+    and take the smallest of what they find; a lack of memory is an error there, as the others would not know of it.
 
     Args:
         micro_batch: "auto", or a number, which is taken as it is and never halved.
@@ -176,19 +180,23 @@ class CachedStep:
             log.info("micro_batch=auto: %s of %d rows", held, rows)
         holders = [*encoders, *([loss] if isinstance(loss, nn.Module) else [])]
         while True:
-            before = _State(holders) if self.auto else None
+            before = _State(holders, views) if self.auto else None
+            watched = scale if before is None else functools.partial(before.keep_leaves, scale=scale)
             try:
                 if whole is None or self.micro_batch < rows:
-                    return cached_step(encoder, views, loss, self.micro_batch, scale=scale)
+                    return cached_step(encoder, views, loss, self.micro_batch, scale=watched)
                 value = whole()
-                _backward_of_loss(value, scale)
+                _backward_of_loss(value, watched)
                 return value.detach()
             except Exception as error:
                 tried = min(self.micro_batch, rows)
-                if before is None or not out_of_memory(error) or tried == 1 or rank_and_world()[1] > 1:
+                half = -(-tried // 2)
+                smallest = rows // -(-rows // half)  # of its parts of the batch
+                last = tried == 1 or smallest < _least_rows(encoders)
+                if before is None or last or not out_of_memory(error) or rank_and_world()[1] > 1:
                     raise
             # Out of the handler, whose traceback holds the tensors of the failed step.
-            self.micro_batch = -(-tried // 2)
+            self.micro_batch = half
             log.warning("out of memory with micro_batch=%d: the step begins again with %d", tried, self.micro_batch)
             before.restore()
             _release()
@@ -198,7 +206,7 @@ class CachedStep:
         process. All take as many measurements: the encoder may hold operations of all of them."""
         device = _device(encoders[0], views[0])
         budget = (free_memory(device) if self.memory is None else self.memory) - self.reserve
-        state, width = _State(encoders), 0
+        state, width, most = _State(encoders, views), 0, rows
         distinct = {id(own): (own, view) for own, view in zip(encoders, views, strict=True)}
 
         def embed(count: int) -> None:
@@ -215,8 +223,16 @@ class CachedStep:
         try:
             sizes, peaks, done = [0], [peak_memory(lambda: None, device)], False
             while not all(everyone(done)):
-                sizes.append(sizes[-1] if done else min(max(4, 2 * sizes[-1]), rows))
-                peaks.append(peak_memory(functools.partial(embed, sizes[-1]), device))
+                size = sizes[-1] if done else min(max(4, 2 * sizes[-1]), rows)
+                try:
+                    peak = peak_memory(functools.partial(embed, size), device)
+                except Exception as error:
+                    if not out_of_memory(error) or not sizes[-1] or rank_and_world()[1] > 1:
+                        raise
+                    most = sizes[-1]
+                    break
+                sizes.append(size)
+                peaks.append(peak)
                 enough = peaks[-1] - peaks[0] > min(0.25 * (budget - peaks[0]), 2**30)
                 done = done or sizes[-1] == rows or (enough and len(sizes) > 2)
         finally:
@@ -228,15 +244,15 @@ class CachedStep:
         slope = max(slope, 1)
         start += 2 * rows * width * len(views) // len(distinct)  # every embedding and its gradient
         fits, budget, start, slope = min(everyone((int(MARGIN * (budget - start) / slope), budget, start, slope)))
-        if fits >= rows * len(views):
+        if fits >= rows * len(views) and most == rows:
             return rows
-        if fits < 1:
+        if fits < _least_rows(encoders):
             raise ValueError(
                 f"memory: got {format_memory(budget + self.reserve)}, of which {format_memory(start + self.reserve)} "
                 f"are taken by the model, its gradients and the embeddings, and {format_memory(slope)} by each row, "
                 "allowed: more than their sum; raise it, or checkpoint the encoder's stages"
             )
-        return min(fits, -(-rows // 2))
+        return min(fits, most, -(-rows // 2))
 
 
 def checkpoint_stages(model: nn.Module) -> list[str]:
@@ -244,7 +260,8 @@ def checkpoint_stages(model: nn.Module) -> list[str]:
 
     A stage is a child of one of its outermost nn.Sequentials or nn.ModuleLists: a residual block of a ResNet, a block
     of a ViT. One more forward pass for the activations of one stage at a time (torch.utils.checkpoint); dropout is
-    replayed, and running statistics, which torch alone would move twice, move once.
+    replayed, and buffers, such as running statistics and power iterations, are those that the first pass started from
+    and move once. A model that has it already stays as it is.
 
     Returns:
         The names of the stages.
@@ -265,14 +282,15 @@ def checkpoint_stages(model: nn.Module) -> list[str]:
             "its parts in torch.utils.checkpoint"
         )
     for stage in stages.values():
-        stage.forward = functools.partial(_checkpointed, stage, stage.forward)  # type: ignore[method-assign]
+        if getattr(stage.forward, "func", None) is not _checkpointed:
+            stage.forward = functools.partial(_checkpointed, stage, stage.forward)  # type: ignore[method-assign]
     return list(stages)
 
 
 def _checkpointed(stage: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    contexts = (contextlib.nullcontext(), _KeptBuffers([stage]))
+    contexts = (contextlib.nullcontext(), _BuffersOf([stage]))
     return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
 
 
@@ -292,6 +310,11 @@ def _check(encoder: Any, views: Any, micro_batch: Any) -> tuple[list[nn.Module],
     for view in views:
         if not isinstance(view, Tensor) or view.dim() < 1:
             raise TypeError(f"views: got one that is {type(view).__name__}, allowed: tensors (N, ...)")
+        if view.requires_grad and not view.is_leaf:
+            raise ValueError(
+                f"views: got one made by {type(view.grad_fn).__name__}, allowed: tensors without a history, through "
+                "which each micro-batch would go back again; detach() it, or make it within the encoder"
+            )
     lengths = [len(view) for view in views]
     if len(set(lengths)) > 1 or not lengths[0]:
         raise ValueError(f"views: got {lengths} rows, allowed: as many in each, and at least one")
@@ -318,6 +341,25 @@ def _embed(encoder: nn.Module, rows: Tensor) -> Tensor:
             "it in a module that returns the embeddings alone"
         )
     return z
+
+
+@contextlib.contextmanager
+def _naming_micro_batch(micro_batch: int, rows: Tensor) -> Iterator[None]:
+    """A row alone has no statistics, which batch norm says without a word of where it was cut from."""
+    try:
+        yield
+    except ValueError as error:
+        if len(rows) > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"micro_batch: got {micro_batch}, which leaves a row alone, of which batch norm in training has no "
+            "statistics, allowed: one that cuts the batch into parts of two rows and more; raise it, or use layer norm"
+        ) from error
+
+
+def _least_rows(encoders: Sequence[nn.Module]) -> int:
+    """Of a micro-batch: batch norm in training takes its statistics from it."""
+    return 1 + any(isinstance(m, _BatchNorm) and m.training for own in encoders for m in own.modules())
 
 
 def _backward_of_loss(value: Any, scale: Callable[[Tensor], Tensor] | None) -> None:
@@ -396,14 +438,15 @@ class _Buffers:
             module._buffers[name] = buffer.copy_(value)
 
 
-class _KeptBuffers:
-    """In whose block buffers move for nothing; it may be entered again."""
+class _BuffersOf:
+    """In whose block buffers are those of when it was made, and move for nothing; it may be entered again."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = modules
+        self.modules, self.first = modules, _Buffers(modules)
 
     def __enter__(self) -> None:
         self.before = _Buffers(self.modules)
+        self.first.restore()
 
     def __exit__(self, *error: Any) -> None:
         self.before.restore()
@@ -412,13 +455,33 @@ class _KeptBuffers:
 class _State:
     """Buffers, generators and gradients: all that a step changes."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], views: Sequence[Tensor] = ()) -> None:
         self.buffers, self.generators = _Buffers(modules), _Generators(_devices(modules))
-        parameters = {p for module in modules for p in module.parameters()}
-        self.gradients = [(p, None if p.grad is None else p.grad.clone()) for p in parameters]
+        self.gradients: dict[int, tuple[weakref.ref[Tensor], Tensor | None]] = {}
+        self._keep(p for module in modules for p in module.parameters())
+        self._keep(views)
+
+    def _keep(self, tensors: Iterable[Tensor]) -> None:
+        for x in tensors:
+            if x.requires_grad and id(x) not in self.gradients:
+                self.gradients[id(x)] = weakref.ref(x), None if x.grad is None else x.grad.clone()
+
+    def keep_leaves(self, value: Tensor, scale: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """value, by its scale, once the gradients are kept of what it was made of: a loss may be a function that knows
+        of parameters. Embeddings among it do not live longer by that."""
+        nodes, seen, leaves = [value.grad_fn], set(), []
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                nodes += [following for following, _ in node.next_functions]
+                leaves += [node.variable] if isinstance(node, torch._C._functions.AccumulateGrad) else []
+        self._keep(leaves)
+        return value if scale is None else scale(value)
 
     def restore(self) -> None:
         self.buffers.restore()
         self.generators.restore()
-        for parameter, gradient in self.gradients:
-            parameter.grad = gradient
+        for kept, gradient in self.gradients.values():
+            if (x := kept()) is not None:
+                x.grad = gradient

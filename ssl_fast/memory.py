@@ -20,6 +20,10 @@ UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 SHARE_OF_FREE = 0.9  # what is left goes to fragments and to what nobody counted
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container, v2 and v1
 USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+CACHE = (  # pages of files, counted as used and given back on demand
+    ("/sys/fs/cgroup/memory.stat", "inactive_file"),
+    ("/sys/fs/cgroup/memory/memory.stat", "total_inactive_file"),
+)
 
 
 def parse_memory(value: str | int) -> int:
@@ -50,9 +54,10 @@ def free_memory(device: torch.device) -> int:
         taken = torch.cuda.memory_allocated(device)
         return taken + int((free + torch.cuda.memory_reserved(device) - taken) * SHARE_OF_FREE)
     free = _field("/proc/meminfo", "MemAvailable")
-    for limit, used in zip(LIMITS, USED, strict=True):
+    for limit, used, (path, field) in zip(LIMITS, USED, CACHE, strict=True):
         with contextlib.suppress(OSError, ValueError):  # "max" where there is none
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            cached = dict(line.split() for line in Path(path).read_text().splitlines()).get(field, 0)
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()) + int(cached))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", rank_and_world()[1]))
     return resident_memory("VmRSS") + int(free * SHARE_OF_FREE) // processes
 

@@ -8,6 +8,7 @@ beside it, and when it is released are those of the model as it is written. Work
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ class Plan:
     Attributes:
         rows: the combinations, from plain PyTorch on.
         best: the first of those with the least compute that fit, or None.
+        others: arguments beside these that `train` does not take by itself, such as {"head": "linear"}.
     """
 
     model: str
@@ -77,6 +79,7 @@ class Plan:
     memory: int
     batch_norm: bool
     rows: list[Row] = field(default_factory=list)
+    others: dict[str, Any] = field(default_factory=dict)
 
     @property
     def best(self) -> Row | None:
@@ -96,8 +99,9 @@ class Plan:
         ]
         if self.best is None:
             return "\n".join([*lines, "nothing fits: lower batch or image, choose a smaller model, or raise memory"])
-        words = f"model={self.model} image_size={self.image} batch_size={self.batch} {self.best.parts.arguments()}"
-        lines.append(f"take: ssl-fast train out=... data=... {words.rstrip()}")
+        words = [f"model={self.model} image_size={self.image} batch_size={self.batch}"]
+        words += [f"{key}={value}" for key, value in self.others.items()] + [self.best.parts.arguments()]
+        lines.append(f"take: ssl-fast train out=... data=... {' '.join(words).rstrip()}")
         if self.best.parts.micro_batch and self.batch_norm:
             size = self.best.parts.micro_batch
             lines.append(f"batch norm takes its statistics from {size} images then: docs/large_batches.md")
@@ -151,7 +155,10 @@ def plan(
 
     name = model if isinstance(model, str) else type(model).__name__
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in step(Parts()).network.modules())
-    found = Plan(name, image, batch, budget, norms)
+    given = {"stem": stem, "head": head, "dim": dim, "optimizer": optimizer, "device": device}
+    usual = inspect.signature(plan).parameters
+    others = {key: value for key, value in given.items() if value != usual[key].default}
+    found = Plan(name, image, batch, budget, norms, others=others)
     forward, trained = (step(Parts()).flops(backward) for backward in (False, True))
     again = {False: 0.0, True: 0.0}
     try:

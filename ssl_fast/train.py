@@ -128,9 +128,11 @@ def train(
             none yet: for launchers that start it again, such as torchrun with --max-restarts.
         overwrite: replace the run in `out`.
         method_args: further arguments of the method; for SimCLR head="nonlinear" | "linear" | "none", dim=128,
-            temperature=0.5; for Barlow Twins dim=8192, lambda_param=5e-3; for MoCo dim=128, K=65536, m=0.999, T=0.07
-            (0.2 in v2), mlp=False (True in v2), and bn_splits=8, the parts of a batch, or of a micro-batch, that batch
-            norm sees apart. Few images want a short queue and a quick key encoder: K=4096, m=0.99 for CIFAR-10.
+            temperature=0.5; for Barlow Twins dim=8192, lambda_param=5e-3; for both strategy="gather" | "ring", how
+            embeddings of several processes meet (ring: in the memory of a few blocks); for MoCo dim=128, K=65536,
+            m=0.999, T=0.07 (0.2 in v2), mlp=False (True in v2), and bn_splits=8, the parts of a batch, or of a
+            micro-batch, that batch norm sees apart. Few images want a short queue and a quick key encoder: K=4096,
+            m=0.99 for CIFAR-10.
 
     Returns:
         A dict: `checkpoint`, `step`, `epoch`, and the last `loss`, `std`, `knn` and `probe` recorded.

@@ -297,6 +297,7 @@ def test_views_with_a_gradient():
         ({"loss": lambda a, b: 1.0}, TypeError, "loss: returned float"),
         ({"loss": lambda a, b: a.detach().sum()}, ValueError, "loss: returned a tensor without gradient"),
         ({"encoder": nn.Flatten()}, ValueError, "loss: returned a tensor without gradient"),
+        ({"views": [2 * v.requires_grad_() for v in views()]}, ValueError, "views: got one made by MulBackward0"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(change, error, message):
@@ -354,6 +355,69 @@ def test_running_out_halves_and_loses_nothing(caplog):
     ]
     assert_same(gradients(ours), gradients(theirs))
     assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
+
+
+def test_running_out_loses_no_gradient_of_what_the_loss_knows_of():
+    """A temperature in a function, a view, and what comes to the loss by the encoder's own head."""
+    found = []
+    for micro_batch, most in ((8, 4), (N, 8), (4, N)):  # in parts, and from the whole batch to parts of 6
+        step, temperature, model = CachedStep(), nn.Parameter(torch.tensor(0.3)), encoder()
+        given = [view.requires_grad_() for view in views()]
+        for x in (temperature, given[1]):
+            x.grad = torch.full_like(x, 0.5)  # of an earlier backward
+        step.micro_batch = micro_batch
+
+        def loss(a: Tensor, b: Tensor, t: Tensor = temperature) -> Tensor:
+            return F.cross_entropy(F.normalize(a) @ F.normalize(b).T / t.abs(), torch.arange(N))
+
+        hungry = Hungry(model, most)
+        step(hungry, given, loss, whole=lambda m=hungry, x=given: loss(*map(m, x)))
+        assert step.micro_batch == (4 if micro_batch < 5 or most == 4 else 6)
+        found.append(torch.cat([gradients(model), temperature.grad[None], *(v.grad.flatten() for v in given)]))
+    assert_same(found[0], found[2])
+    assert_same(found[1], found[2])
+
+
+def test_running_out_stops_where_batch_norm_has_rows():
+    step = CachedStep()
+    step.micro_batch = 8
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 6), nn.BatchNorm1d(6))
+    with pytest.raises(torch.OutOfMemoryError):
+        step(Hungry(model, most=1, at=1), views(12), NTXentLoss())
+    assert step.micro_batch == 2
+    with pytest.raises(ValueError, match="micro_batch: got 2, which leaves a row alone, of which batch norm"):
+        cached_step(model, views(11), NTXentLoss(), 2)
+    cached_step(model.eval(), views(11), NTXentLoss(), 2)
+
+
+def test_running_out_while_measuring_is_a_measurement():
+    class Narrow(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    given = [torch.randn(64, 5, requires_grad=True) for _ in range(2)]
+    for most, found in ((8, 8), (33, 32)):
+        step, model = CachedStep("auto", memory="1TiB"), Narrow(5, 4)
+        model.most = most
+        step(model, given, NTXentLoss())
+        assert step.micro_batch == found and model.weight.grad.norm() > 0
+    model.most = 3
+    with pytest.raises(torch.OutOfMemoryError):
+        CachedStep("auto", memory="1TiB")(model, given, NTXentLoss())
+
+
+def test_free_memory_of_a_container(tmp_path, monkeypatch):
+    """Pages of files count as used there, and are given back on demand."""
+    memory = ssl_fast.memory
+    for name, text in (("max", 10**9), ("current", 9 * 10**8), ("stat", "anon 5\ninactive_file 700000000\nfile 7")):
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(memory, "LIMITS", (str(tmp_path / "max"), "none"))
+    monkeypatch.setattr(memory, "USED", (str(tmp_path / "current"), "none"))
+    monkeypatch.setattr(memory, "CACHE", ((str(tmp_path / "stat"), "inactive_file"), ("none", "total_inactive_file")))
+    free = memory.free_memory(torch.device("cpu")) - memory.resident_memory("VmRSS")
+    assert free == pytest.approx(0.9 * 8 * 10**8, abs=2**24)
 
 
 def test_running_out_is_an_error_where_nothing_is_left_to_halve():
@@ -431,8 +495,25 @@ def test_checkpointed_stages_give_the_same_and_move_statistics_once():
         assert torch.equal(model.eval()(views()[0]), theirs.eval()(views()[0]))
     kept = [held(model.train(), views()[0]) for model in (stages(), ours)]
     assert kept[1] < 0.5 * kept[0]
+    once = ours[0].forward
+    assert checkpoint_stages(ours) == ["0", "1"] and ours[0].forward is once  # not computed three times
     with pytest.raises(ValueError, match="model: got Linear, allowed: one with an nn.Sequential"):
         checkpoint_stages(nn.Linear(2, 2))
+
+
+def test_checkpointed_stages_replay_power_iterations():
+    def stages() -> nn.Module:
+        torch.manual_seed(6)
+        convolution = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 3, padding=1))
+        return nn.Sequential(nn.Sequential(convolution, nn.ReLU()), nn.Flatten())
+
+    ours, theirs = stages(), stages()
+    checkpoint_stages(ours)
+    for model in (ours, theirs):
+        for _ in range(2):
+            whole(model, NTXentLoss(), views())
+    assert torch.equal(gradients(ours), gradients(theirs))
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
 
 
 def held(model: nn.Module, x: Tensor) -> int:
@@ -524,6 +605,10 @@ def test_train_finds_a_micro_batch_and_checkpoints_stages(tmp_path, caplog):
             {"accumulate_grad_batches": 4},
             "unknown argument 'accumulate_grad_batches', which a contrastive loss does not ",
         ),
+        ({"update_freq": 4}, "unknown argument 'update_freq', which a contrastive loss does not "),
+        ({"grad_acc_steps": 4}, "unknown argument 'grad_acc_steps', which a contrastive loss does not "),
+        ({"strategy": "rings"}, "strategy: got 'rings', allowed: 'gather', 'ring'"),
+        ({"strategy": "rings", "method": "barlow_twins"}, "strategy: got 'rings', allowed: 'gather', 'ring'"),
         ({"micro_batch": 0}, "micro_batch: got 0"),
         ({"micro_batch": "all"}, "micro_batch: got 'all'"),
         ({"micro_batch": "auto", "memory": "3 apples"}, "memory: got '3 apples'"),

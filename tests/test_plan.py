@@ -89,6 +89,9 @@ def test_plan_chooses_the_cheapest_that_fits():
     cached = next(row for row in roomy.rows if row.parts.micro_batch)
     assert cached.parts.micro_batch == 32 and 1.2 < cached.compute < 1.4
 
+    other = str(plan("convnet", 8, 64, "1GiB", head="linear", dim=64, optimizer="adamw", stem="imagenet", device="cpu"))
+    assert "batch_size=64 stem=imagenet head=linear dim=64 optimizer=adamw device=cpu\n" in f"{other}\n"
+
     tight = plan("convnet", 32, 512, "80MiB")
     best = tight.best
     assert best.parts.micro_batch and 0.8 * tight.memory < best.peak <= 0.95 * tight.memory

@@ -54,7 +54,7 @@ MOCO = {"method": "moco_v2", "K": 512, "m": 0.9, "bn_splits": 1, "norm": "layer"
 RUNS: dict[str, dict[str, Any]] = {  # 22 steps each
     "simclr": {"norm": "layer", "head": "linear"},
     "simclr, synchronised batch norm": {"norm": "batch", "knn_every": 1},
-    "simclr in parts": {"norm": "layer", "head": "linear", "micro_batch": 9},
+    "simclr in parts": {"norm": "layer", "head": "linear", "micro_batch": 9, "strategy": "ring"},
     "moco": MOCO,
     "moco in parts": {**MOCO, "micro_batch": 9},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ssl_fast._distributed import Strategy
 from ssl_fast.cached import CachedStep
 from ssl_fast.ops.barlow_twins import BarlowTwinsLoss
 
@@ -18,7 +19,7 @@ class BarlowTwins(nn.Module):
         encoder: maps images (N, C, H, W) to h (N, features).
         features: the width of h.
         dim: the width of the projector's three layers; 8192 in the paper, whose results rise with it.
-        lambda_param: the weight of the redundancy, as in BarlowTwinsLoss.
+        lambda_param, strategy: the weight of the redundancy, and how several processes meet, as in BarlowTwinsLoss.
 
     Example:
         >>> model = BarlowTwins(encoder, features=512)
@@ -26,13 +27,20 @@ class BarlowTwins(nn.Module):
         >>> h = model.encoder(images)
     """
 
-    def __init__(self, encoder: nn.Module, features: int, dim: int = 8192, lambda_param: float = 5e-3) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        features: int,
+        dim: int = 8192,
+        lambda_param: float = 5e-3,
+        strategy: Strategy = "gather",
+    ) -> None:
         super().__init__()
         if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
             raise ValueError(f"dim: got {dim!r}, allowed: a whole number >= 1, such as 8192")
         self.encoder = encoder
         self.head = projector(features, dim)
-        self.loss = BarlowTwinsLoss(lambda_param, gather_distributed=True)
+        self.loss = BarlowTwinsLoss(lambda_param, gather_distributed=True, strategy=strategy)
 
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
         """The loss, a scalar, of two views (N, C, H, W) of the same N images."""

@@ -107,7 +107,8 @@ class MoCo(nn.Module):
 
     def cached(self, im_q: Tensor, im_k: Tensor, step: CachedStep) -> Tensor:
         """The loss, detached, and the gradients of forward(), a micro-batch through either encoder at a time. The key
-        encoder and the queue move once. Batch norm sees a micro-batch, so the keys' batch is shuffled in any case."""
+        encoder and the queue move once; where the step fails, the key encoder has moved, as in forward(). Batch norm
+        sees a micro-batch, so the keys' batch is shuffled in any case."""
         self._check(im_q, im_k)
         if self.training:
             self.key.update(self._query())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ssl_fast._distributed import Strategy
 from ssl_fast.cached import CachedStep
 from ssl_fast.ops.nt_xent import NTXentLoss
 
@@ -23,7 +24,7 @@ class SimCLR(nn.Module):
         features: the width of h.
         dim: the width of z; not used by head="none", where z is h.
         head: "nonlinear" W2 relu(BN(W1 h)) with a hidden layer as wide as h, "linear" W h, or "none" (section 4.2).
-        temperature: as in NTXentLoss.
+        temperature, strategy: as in NTXentLoss.
         loss: what replaces NTXentLoss(temperature), called on z of the first and of the second views, (N, dim) each.
 
     Example:
@@ -40,6 +41,7 @@ class SimCLR(nn.Module):
         head: str = "nonlinear",
         temperature: float = 0.5,
         loss: nn.Module | None = None,
+        strategy: Strategy = "gather",
     ) -> None:
         super().__init__()
         if head not in HEADS:
@@ -48,7 +50,8 @@ class SimCLR(nn.Module):
             raise ValueError(f"dim: got {dim!r}, allowed: a whole number >= 1, such as 128")
         self.encoder = encoder
         self.head = projection_head(head, features, dim)
-        self.loss = NTXentLoss(temperature, gather_distributed=True) if loss is None else loss
+        ours = NTXentLoss(temperature, gather_distributed=True, strategy=strategy)
+        self.loss = ours if loss is None else loss
 
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
         """The loss, a scalar, of two views (N, C, H, W) of the same N images."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_fast._distributed import Ranks, Strategy, processes, share
+from ssl_fast._distributed import Ranks, Strategy, check_strategy, processes, share
 from ssl_fast._op import Op
 from ssl_fast.ops import _losses
 from ssl_fast.ops._losses import accumulator, differentiable_once
@@ -295,6 +295,7 @@ class BarlowTwinsLoss(nn.Module):
     def __init__(self, lambda_param: float = 5e-3, gather_distributed: bool = False, **options: Any) -> None:
         super().__init__()
         check_weights(lambda_param)
+        check_strategy(options.get("strategy", "gather"))
         self.lambda_param = lambda_param
         self.options = {"gather_distributed": gather_distributed, **options}
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_fast._distributed import Strategy, processes, share
+from ssl_fast._distributed import Strategy, check_strategy, processes, share
 from ssl_fast._op import HALF_AND_FLOAT, Op
 from ssl_fast.ops import _losses
 from ssl_fast.ops._info_nce_sup_con import log_sum_exp_of_others
@@ -298,6 +298,7 @@ class NTXentLoss(nn.Module):
             )
         _losses.check_temperature_alone(temperature)
         _losses.check_options(reduction)
+        check_strategy(options.get("strategy", "gather"))
         self.temperature = temperature
         self.reduction = reduction
         self.normalize = normalize
