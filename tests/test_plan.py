@@ -1,6 +1,6 @@
 """The planner's predictions against the measured peaks of real steps, and the combination it chooses.
 
-The measuring process is started by running this file: `python test_plan.py`.
+The measuring process is started by running this file: `python test_plan.py cpu`, or `cuda`.
 """
 
 from __future__ import annotations
@@ -35,16 +35,18 @@ CASES = {
 }
 
 
-def step(parts: Parts, batch: int = BATCH) -> None:
+def step(parts: Parts, device: torch.device, batch: int = BATCH) -> None:
     """Two steps of training, as `train` takes them."""
     encoder, features = build_encoder("convnet", IMAGE)
     if parts.accelerate:
         encoder = accelerate(encoder).model
     if parts.checkpoint:
         checkpoint_stages(encoder)
-    network = SimCLR(encoder, features, loss=None if parts.loss else _Dense()).to(memory_format=torch.channels_last)
+    network = SimCLR(encoder, features, loss=None if parts.loss else _Dense())
+    network.to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-    views = [torch.randn(batch, 3, IMAGE, IMAGE).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+    views = [torch.randn(batch, 3, IMAGE, IMAGE, device=device) for _ in range(2)]
+    views = [view.contiguous(memory_format=torch.channels_last) for view in views]
     cached = CachedStep(parts.micro_batch or batch)
     for _ in range(2):
         optimizer.zero_grad()
@@ -52,23 +54,25 @@ def step(parts: Parts, batch: int = BATCH) -> None:
         optimizer.step()
 
 
-def measure() -> dict[str, int]:
+def measure(device: torch.device) -> dict[str, int]:
     torch.set_num_threads(1)
-    cpu, peaks = torch.device("cpu"), {}
+    peaks = {}
     for name, parts in CASES.items():
-        step(parts, 4)  # what is loaded and set up once
-        base = peak_memory(lambda: None, cpu)
-        peaks[name] = peak_memory(lambda parts=parts: step(parts), cpu) - base
+        step(parts, device, 4)  # what is loaded and set up once
+        base = peak_memory(lambda: None, device)
+        peaks[name] = peak_memory(lambda parts=parts: step(parts, device), device) - base
     return peaks
 
 
-@pytest.fixture(scope="module")
-def measured():
-    if not Path("/proc/self/clear_refs").exists():
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def measured(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if request.param == "cpu" and not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak of a process is not counted here")
     # glibc returns what is mapped when it is freed, so that the process holds what its tensors do.
     eager = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, __file__]
+    command = [sys.executable, __file__, request.param]
     done = subprocess.run(command, env={**os.environ, **eager}, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -137,4 +141,4 @@ def test_command_line(capsys):
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    print(json.dumps(measure(torch.device(sys.argv[1]))))
