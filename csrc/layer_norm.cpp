@@ -15,7 +15,7 @@ namespace {
 #include "instruction_sets.h"
 
 // Work below which a second thread is not worth its waking, what a block should hold at least, and a tile at most.
-constexpr int64_t kWorthThreads = int64_t{128} << 10, kBlockBytes = int64_t{256} << 10, kMostBlocks = 64, kLeastRows = 8;
+constexpr int64_t kWorthThreads = int64_t{128} << 10, kBlockBytes = int64_t{128} << 10, kMostBlocks = 64, kLeastRows = 8;
 constexpr int64_t kTileBytes = int64_t{128} << 10, kLeastTile = 32;
 // Outputs that no cache would hold until they are read are written past the caches.
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
@@ -60,7 +60,8 @@ struct Task : Problem {
     tile = std::min(tile, L);
     tiles = L == 0 ? 0 : ceil_div(L, tile);
     units = N * tiles;
-    const int64_t most = std::clamp<int64_t>(bytes / kBlockBytes, 1, kMostBlocks);
+    int64_t most = 1;  // a power of two, which threads share evenly
+    while (most < kMostBlocks && 2 * most * kBlockBytes <= bytes) most *= 2;
     units_a_block = std::max<int64_t>(L == 1 ? kLeastRows : 1, ceil_div(units, most));
     blocks = ceil_div(units, units_a_block);
     copy_parameter(weight_, D, 1, "weight", parameters.get());
@@ -128,19 +129,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, cons
   p.dresidual = need_dresidual ? dresidual.data_ptr() : nullptr;
   p.choose_stream({p.dx, p.dresidual});
   const int64_t numbers = need_affine ? 2 * p.D : 0;
-  const Buffer<double> sums(p.blocks * numbers);
+  const Buffer<double> sums(std::max<int64_t>(p.blocks, 1) * numbers);
+  std::fill(sums.get(), sums.get() + numbers, 0.0);  // what no block adds to
   p.for_each_block([&](int64_t block, int64_t first, int64_t last, float* work) {
     double* const own = numbers ? sums.get() + block * numbers : nullptr;
     std::fill(own, own + numbers, 0.0);
     kernels().backward(p, first, last, own, work);
   });
+  double* const total = sums.get();
+  for (int64_t b = 1; b < p.blocks; ++b)
+    for (int64_t i = 0; i < numbers; ++i) total[i] += total[b * numbers + i];
   Tensor dweight = empty({numbers / 2}), dbias = empty({numbers / 2});
-  for (int64_t i = 0; i < numbers; ++i) {
-    double sum = 0;
-    for (int64_t b = 0; b < p.blocks; ++b) sum += sums[b * numbers + i];
-    Tensor& out = i < p.D ? dweight : dbias;
-    static_cast<float*>(out.data_ptr())[i % p.D] = static_cast<float>(sum);
-  }
+  std::copy_n(total, numbers / 2, static_cast<float*>(dweight.data_ptr()));
+  std::copy_n(total + numbers / 2, numbers / 2, static_cast<float*>(dbias.data_ptr()));
   return {std::move(dx), std::move(dresidual), std::move(dweight), std::move(dbias)};
 }
 
