@@ -4,6 +4,8 @@ curves beside fp64's.
 Batch norm magnifies rounding: after a step or two fp32 curves differ in their second digit, whoever computes them. So
 each is held against the same run in fp64: the error is the mean relative distance of its losses from those.
 
+The floor is the network's flop, forward and backward, at the pace of a square product of the same run.
+
 `python -m benches.bench_accelerate` prints the table and writes the rows to benches/results.csv, and the curves to
 out/accelerate_MODEL.csv; `--quick` takes few small images of the first model.
 """
@@ -15,6 +17,7 @@ import csv
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +34,16 @@ STEPS = 30
 MODELS = {"resnet50": "resnet50", "vit_s_16": "vit_small_patch16_224", "convnext_t": "convnext_tiny"}  # timm's names
 
 
-def model(name: str, pixels: int, accelerated: bool) -> nn.Module:
+def untrained(name: str, pixels: int) -> nn.Module:
     import timm
 
-    torch.manual_seed(0)
     size = {"img_size": pixels} if name.startswith("vit") else {}
-    network = timm.create_model(MODELS[name], num_classes=100, **size)
-    network = network.to(DEVICE, memory_format=torch.channels_last).train()
+    return timm.create_model(MODELS[name], num_classes=100, **size)
+
+
+def model(name: str, pixels: int, accelerated: bool) -> nn.Module:
+    torch.manual_seed(0)
+    network = untrained(name, pixels).to(DEVICE, memory_format=torch.channels_last).train()
     return ssl_fast.accelerate(network).model if accelerated else network
 
 
@@ -76,23 +82,24 @@ def bench(name: str, dtype: str, batch: int, pixels: int, steps: int, exact: lis
     trainers = {p: trainer(name, dtype, p != "eager", batch, pixels) for p in PROVIDERS}
     curves: dict[str, list[float]] = {p: [] for p in PROVIDERS}
     timed = {p: (lambda p=p: curves[p].append(trainers[p]())) for p in PROVIDERS}
-    times = common.interleave(timed, seconds=0, rounds=steps - 1, slow=1e9)
+    product = common.square_product(dtype)
+    times = common.interleave({**timed, product.name: product.build()}, seconds=0, rounds=steps - 1, slow=1e9)
+    flop = common.flop_of(partial(untrained, name, pixels), batch, 3, pixels, pixels, backward=True)
+    at_full_pace = common.timing(times[product.name])["ms"] * flop / common.SQUARE
     rows = []
-    for provider, own in times.items():
-        off = statistics.mean(abs(a - b) / b for a, b in zip(curves[provider], exact, strict=True))
-        rows.append(
-            {
-                "op": "accelerate",
-                "shape": f"{name} {batch}x3x{pixels}x{pixels} channels_last, training step",
-                "dtype": dtype if dtype == "float32" else "bfloat16 autocast",
-                "provider": provider,
-                "error": off,
-                "curve": curves[provider],
-                **common.timing(own),
-            }
-        )
-    for row in rows:
-        row |= {"ratio": row["ms"] / rows[0]["ms"], "to": "eager"}
+    for provider in PROVIDERS:
+        row = {
+            "op": "accelerate",
+            "shape": f"{name} {batch}x3x{pixels}x{pixels} channels_last, training step",
+            "dtype": dtype if dtype == "float32" else "bfloat16 autocast",
+            "provider": provider,
+            "error": statistics.mean(abs(a - b) / b for a, b in zip(curves[provider], exact, strict=True)),
+            "curve": curves[provider],
+            **common.timing(times[provider]),
+        }
+        row |= {"ratio": row["ms"] / (rows or [row])[0]["ms"], "to": PROVIDERS[0]}
+        row |= {"x_floor": row["ms"] / at_full_pace, "tflops": flop / row["ms"] / 1e9}
+        rows.append(row)
     return rows
 
 
@@ -147,7 +154,7 @@ def main() -> None:
                     row["extra_mb"] = child(allocator, "memory", row["provider"], name, dtype, batch, pixels)
                     row["allocator"] = allocator
                 print(f"\n{measured[0]['shape']}, {dtype}, allocator {allocator}; error: of the losses, against fp64")
-                columns = ("provider", "ms", "ms_p20", "ms_p80", "ratio", "extra_mb", "error")
+                columns = ("provider", "ms", "ms_p20", "ms_p80", "ratio", "x_floor", "extra_mb", "error")
                 print(common.table(measured, columns), flush=True)
                 rows += measured
                 common.save(rows, arguments.quick)

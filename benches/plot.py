@@ -108,7 +108,7 @@ def step_block() -> str:
                 "peak extra MB": row["extra_mb"],
             }
             for row in here
-            if row["allocator"] == "default"
+            if row["allocator"] == "default" and (row["provider"] not in FLOORS or row["to"] in FLOORS)
         ]
 
     return by_device(rows_of(*STEPS), lines)
@@ -156,8 +156,7 @@ def lost_block() -> str:
             rows = [r for r in rows if r["provider"] not in FLOORS]
             rows = [r for r in rows if not any(word in r["provider"] for word in NOT_THE_PRODUCT)]
             ours = [time(r) for r in rows if r["provider"].startswith("ssl_fast")]
-            best = min(rows, key=time)
-            if ours and time(best) < min(ours):
+            if ours and time(best := min(rows, key=time)) < min(ours):
                 line: common.Row = dict(zip(keys, map(unbroken, key), strict=True))
                 line |= {"faster": best["provider"], "ms": best["ms"], "ours, ms": min(ours)}
                 found.append(line)
@@ -194,7 +193,7 @@ def simclr_block() -> str:
             for row in here
         ]
 
-    rows = rows_of("simclr")
+    rows = [row for row in rows_of("simclr") if row["provider"] not in FLOORS]
     picture = "![a SimCLR step by its parts](docs/simclr.svg)\n\n" if rows else ""
     return picture + by_device(rows, lines)
 
@@ -394,7 +393,7 @@ def draw_simclr(rows: Rows, path: Path) -> None:
     """The parts of a step, a bar a provider, a column a device."""
     figure, axes = canvas(1, len(devices(rows)), size=(7 * len(devices(rows)), 3))
     for axis, device in zip(axes[0], devices(rows), strict=True):
-        here = [r for r in rows if r["device"] == device]
+        here = [r for r in rows if r["device"] == device and r["provider"] not in FLOORS]
         providers = list(dict.fromkeys(r["provider"] for r in here))
         left = dict.fromkeys(providers, 0.0)
         for part in PARTS:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ class Small(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        assert not isinstance(result, torch.Tensor) or result.numel() < 10_000, func
+        assert not isinstance(result, torch.Tensor) or result.is_meta or result.numel() < 10_000, func
         return result
 
 
@@ -76,6 +77,48 @@ def test_a_setup_computes_nothing(stem):
         with Small():
             keys = [provider.key for provider in module.setup(*case).providers]
         assert len(keys) == len(set(keys)) > 1
+
+
+@pytest.mark.parametrize("stem", common.setups())
+def test_every_row_of_ours_has_a_floor(stem):
+    """But for what uses memory, and not time, to the full."""
+    module = common.setups()[stem]
+    for case in [*module.cases(True), *module.cases(False)]:
+        table = module.setup(*case)
+        names = {provider.name for provider in table.providers}
+        for provider in table.providers:
+            if not table.shape.startswith("step of "):
+                assert provider.work and (provider.floor or table.providers[0].name) in names, (table.shape, provider)
+
+
+def test_the_flop_of_networks():
+    """Forward and backward by hand; the first layer has no gradient of its input, and groups have no products between
+    them."""
+
+    layers = torch.nn
+
+    def network(groups):
+        convolutions = layers.Conv2d(3, 8, 3), layers.Conv2d(8, 12, 3, groups=groups)
+        return layers.Sequential(*convolutions, layers.Flatten(), layers.Linear(12 * 36, 5))
+
+    for groups in (1, 4):
+        first, second, last = 2 * 2 * 8 * 3 * 9 * 64, 2 * 2 * 12 * 8 // groups * 9 * 36, 2 * 2 * 12 * 36 * 5
+        make = partial(network, groups)
+        assert common.flop_of(make, 2, 3, 10, 10) == first + second + last
+        assert common.flop_of(make, 2, 3, 10, 10, backward=True) == 2 * first + 3 * (second + last)
+
+
+def test_floors_of_whole_steps():
+    """Of MoCo by hand: two encoders of which one learns, and two products with the queue."""
+    module = common.setups()["moco"]
+    network = module.untrained(1)
+    query = common.flop_of(lambda: torch.nn.Sequential(network.encoder, network.head).to("meta"), 32, 1, 8, 8)
+    stem = 2 * 32 * 32 * 9 * 8 * 8
+    assert module.flop_of_a_step(32, 1024, 8) == (3 * query - stem) + query + 4 * 32 * 1024 * 128
+    parameters, works = bench_simclr.work_of("resnet18", 32, 8)
+    assert parameters == sum(p.numel() for p in bench_simclr.untrained("resnet18").parameters())
+    assert works[""] == works["encoder"] + works["loss"] and works["loss"] == 4 * 16**2 * 128
+    assert works["optimizer"] / works["ema"] == 20 / 12 and works["data"] == 2 * 8 * 3 * 32 * 32 * 4
 
 
 TABLE = """
@@ -94,12 +137,14 @@ def compiled():
     seconds = iter((2.1,))  # of the first call, more than a quick run waits for a second one
     return lambda: time.sleep(next(seconds, 0))
 
-table = common.Table("op", "shape", bytes=1e6)
+table = common.Table("op", "shape", bytes=1e6, flop=common.SQUARE)
 table.providers = [
     common.Provider("copy_", lambda: step(1), work=1.0),
     common.Provider("ours", lambda: step(64), work=2.0, error=lambda: 1e-7),
     common.Provider("theirs", too_much),
     common.Provider("compiled", compiled, compiled=True),
+    common.Provider("network", lambda: step(1), work=0.5, floor=common.PRODUCT),
+    common.square_product(),
 ]
 print(json.dumps(common.measure(table, 0.0, quick=True)))
 """
@@ -132,11 +177,14 @@ def test_views_of_torchvision_take_the_place_of_ours_in_training(tmp_path):
 def test_a_table_is_measured(tmp_path):
     command = [sys.executable, "-c", TABLE]  # measure() forks its process, which must not have computed anything
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
-    floor, ours, theirs, compiled = json.loads(output.splitlines()[-1])
+    floor, ours, theirs, compiled, network, product = json.loads(output.splitlines()[-1])
     assert common.timing([1.0, 2.0, 9.0]) == {"ms": 2.0, "ms_p20": 1.4, "ms_p80": pytest.approx(6.2)}  # none is beyond
     assert ours["ms_p20"] <= ours["ms"] <= ours["ms_p80"] and ours["to"] == "copy_" and ours["error"] == 1e-7
     assert ours["ratio"] == pytest.approx(ours["ms"] / floor["ms"]) == pytest.approx(2 * ours["x_floor"])
-    assert ours["gb_per_s"] == pytest.approx(2e6 / ours["ms"] / 1e6)
+    assert ours["gb_per_s"] == pytest.approx(2e6 / ours["ms"] / 1e6) and "tflops" not in ours
+    assert network["x_floor"] == pytest.approx(2 * network["ms"] / product["ms"]) and network["to"] == "copy_"
+    assert network["tflops"] * network["x_floor"] == pytest.approx(product["tflops"])
+    assert "gb_per_s" not in network and "extra_mb" in network and "extra_mb" not in product
     if common.DEVICE == "cpu":
         assert 60 < ours["extra_mb"] < 80
     assert "ms" not in theirs and theirs["provider"] == "theirs"  # the others are measured
@@ -397,6 +445,21 @@ def test_figures_of_the_tables_are_in_the_csv():
     cells = {cell for row in csv.reader(common.RESULTS.open()) for cell in row}
     shown = [line.split("|")[5].strip() for line in plot.loss_block().splitlines() if line.startswith("| NT-Xent")]
     assert shown and set(shown) <= cells | {"out of memory"}
+
+
+def test_pages_leave_out_the_floors_of_whole_steps(monkeypatch, tmp_path):
+    rows = list(csv.DictReader(common.RESULTS.open()))
+    steps = [row for row in rows if row["op"] in ("simclr", "simclr encoder", "moco", "conv_bn")]
+    floors = [row | {"provider": common.PRODUCT, "dtype": "other", "x_floor": "1", "ratio": "0.01"} for row in steps]
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "rows.csv")
+    with common.RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows + floors)
+    readme = plot.README.read_text()
+    assert plot.updated(readme) == readme
+    assert (plot.DOCS / "simclr.svg").exists() and plot.draw(tmp_path)
+    assert f">{common.PRODUCT}<" not in (tmp_path / "simclr.svg").read_text()
 
 
 def test_pictures_come_out_the_same(tmp_path):
