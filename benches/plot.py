@@ -27,10 +27,10 @@ STEPS = {"ema": "EMA", "moco": "MoCo step", "accelerate": "training step", "two_
 PARTS = ("data", "encoder", "loss", "optimizer", "ema")
 # Steps of the floor's in one of an op, as its bench has it and docs/kernels.md derives it.
 WORK = {"nt_xent": 2.0, "info_nce": 2.0, "clip": 3.0, "sup_con": 2.0, "barlow_twins": 1.0, "batch_norm": 5.0,
-        "layer_norm": 2.5, "instance_norm": 2.5, "ema": 1.0, "conv_bn refresh": 1.0, "two_views": 0.5,
-        "knn": 1.0}  # fmt: skip
+        "layer_norm": 2.5, "instance_norm": 2.5, "ema": 1.0, "lars": 2.5, "conv_bn refresh": 1.0,
+        "two_views": 0.5, "knn": 1.0}  # fmt: skip
 PLAIN = ("dense PyTorch", "mm + cat + cross_entropy", "eager", "mul_ add_", "torch.fx fuse", "torchvision",
-         "scikit-learn, brute")  # fmt: skip
+         "scikit-learn, brute", "plain PyTorch")  # fmt: skip
 
 
 def rows_of(*ops: str) -> Rows:
