@@ -545,6 +545,20 @@ def test_the_readme_shows_what_was_measured():
     assert wrong != readme != plot.updated(wrong + " ") and plot.updated(wrong) == readme
 
 
+def test_the_flop_of_norms_is_what_the_page_adds_up():
+    """Which the roofline takes."""
+    page = plot.KERNELS.read_text()
+    sums = re.findall(r"(batch_norm|BN\+ReLU|layer_norm|instance_norm)[^:]*: ((?:\d+ \+ )+\d+) = (\d+)", page)
+    assert {op: int(total) for op, _, total in sums} == {k: v for k, v in plot.FLOP_OF_A_NUMBER.items() if k != "ema"}
+    assert all(sum(map(int, terms.split(" + "))) == int(total) for _, terms, total in sums)
+    table = {line.split()[1]: line.split("|")[2] for line in page.splitlines() if line.endswith("copies |")}
+    for op in ("batch_norm", "layer_norm", "instance_norm"):
+        assert f" {plot.FLOP_OF_A_NUMBER[op]} a number" in table[op]
+    row = {"op": "batch_norm", "dtype": "float32", "gb_per_s": "40"}
+    assert plot.roof_point(row | {"shape": "BN+add+ReLU"}) == (0.5, 0.02)
+    assert plot.roof_point(row | {"shape": "rows BN+ReLU"})[0] == 23 / 8 / 4
+
+
 def test_no_number_of_the_readme_stands_outside_of_the_tables():
     tables, text = measured_section()
     assert tables.count("\n|") > 100
