@@ -23,7 +23,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssl_fast
-from benches import bench_simclr, common, compare_findings, compare_steps, compare_views, evidence, plot
+from benches import (
+    bench_accelerate,
+    bench_simclr,
+    common,
+    compare_findings,
+    compare_steps,
+    compare_views,
+    evidence,
+    plot,
+)
 from ssl_fast import bench as bench_module
 from ssl_fast import functional, nn
 from ssl_fast.cli import main
@@ -453,6 +462,51 @@ def test_evidence_resumes_the_benches_that_can(tmp_path):
     for stem, command in evidence.steps_of("bench", tmp_path).items():
         source = (ROOT / f"benches/bench_{stem}.py").read_text()
         assert ("--resume" in command) == ("common.main(" in source or '"--resume"' in source), stem
+
+
+@pytest.mark.parametrize(
+    "words, ran",
+    [
+        ("", ["vit_s_16 float32 warm", "vit_s_16 bfloat16 default", "vit_s_16 bfloat16 warm"]),
+        ("--only float32", ["vit_s_16 float32 warm"]),
+        ("--only resnet50", []),
+    ],
+)
+def test_the_bench_of_accelerate_resumes(words, ran, monkeypatch, tmp_path):
+    """It leaves out the rows of this commit, and keeps their curves."""
+    found, losses = [], 3 * [0.5]
+    conditions = common.conditions()
+    monkeypatch.setattr(bench_accelerate, "MODELS", {"vit_s_16": "vit_small_patch16_224"})
+    monkeypatch.setattr(bench_accelerate, "DEVICE", "cpu")
+    monkeypatch.setattr(common, "conditions", lambda: conditions)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "rows.csv")
+    monkeypatch.chdir(tmp_path)
+
+    def child(allocator, what, *given):
+        if what == "bench":
+            name, dtype, batch, pixels = given[:4]
+            found.append(f"{name} {dtype} {allocator}")
+            table = bench_accelerate.table_of(name, dtype, batch, pixels)
+            row = {"op": table.op, "shape": table.shape, "ms": 1.0, "curve": losses}
+            return [row | {"provider": p.name, "dtype": p.dtype} for p in table.providers]
+        return losses if what == "truth" else 1.0
+
+    monkeypatch.setattr(bench_accelerate, "child", child)
+    cut = child("default", "bench", "vit_s_16", "float32", *bench_accelerate.cases(False)[0][2:])
+    rows = [row | {"allocator": "default"} for row in cut]
+    common.save(rows)
+    bench_accelerate.write_curves("vit_s_16", rows)
+    found.clear()
+    monkeypatch.setattr(sys, "argv", ["bench_accelerate", "--resume", *words.split()])
+    bench_accelerate.main()
+    assert found == ran
+    curves = list(csv.reader((tmp_path / "out/accelerate_vit_s_16.csv").open()))
+    assert len(curves) == len(set(map(tuple, curves))) == 1 + (1 + len(ran)) * 2 * 3
+    found.clear()
+    monkeypatch.setattr(sys, "argv", ["bench_accelerate", *words.split()])
+    bench_accelerate.main()
+    assert len(found) == len(ran) + (words != "--only resnet50")
+    assert len(list(csv.reader((tmp_path / "out/accelerate_vit_s_16.csv").open()))) == len(curves)
 
 
 @pytest.mark.parametrize(
