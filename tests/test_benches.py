@@ -15,7 +15,7 @@ from collections.abc import Collection
 from functools import partial
 from inspect import isclass, isroutine
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ssl_fast
 from benches import (
     bench_accelerate,
+    bench_info_nce,
     bench_simclr,
     common,
     compare_findings,
@@ -576,6 +577,63 @@ def test_the_bench_of_ranks_is_of_the_cpu(tmp_path):
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
     found, device = output.splitlines()[-2:]
     assert json.loads(found)["gather"]["ms"] > 0 and common.cpu_name() in device
+
+
+# ---- the peers
+
+# By the package that is imported: what the README calls it.
+PEERS = {"info_nce": "info-nce-pytorch", "pytorch_metric_learning": "pytorch-metric-learning", "inf_cl": "inf-cl"}
+PEERS |= {"ema_pytorch": "ema-pytorch", "sklearn": "scikit-learn", "liger_kernel": "Liger"}
+
+
+def test_every_peer_is_in_the_readme():
+    own = {"torch", "ssl_fast", "benches", "pytest", "matplotlib", "triton", *sys.stdlib_module_names}
+    found = set()
+    for path in (ROOT / "benches").glob("bench_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            found |= {module.split(".")[0] for module in modules} - own
+    assert {"lightly", "inf_cl", "memeff", "liger_kernel", "apex", "ema_pytorch", "timm"} <= found
+    line = plot.README.read_text().split("\nPeers have rows")[1].split("\n\n")[0]
+    assert all(re.search(rf"\b{PEERS.get(peer, peer)}\b", line) for peer in found), sorted(found)
+
+
+def test_blockwise_peers_are_offered_on_a_gpu_alone(monkeypatch):
+    """And give the loss of CLIP, as they define theirs."""
+    from torch.nn import functional as F
+
+    def cal_flash_loss(q, k, labels=None, scale=None, head_dim=256):  # a loss a row, of one direction
+        assert q.shape[1] % head_dim == 0
+        return F.cross_entropy(scale * q @ k.T, torch.arange(len(q)), reduction="none")
+
+    class MemoryEfficientCLIPLoss:
+        def __init__(self, temperature, normalized_inputs=False, stable=True):
+            assert normalized_inputs and not stable
+            self.temperature = temperature
+
+        def __call__(self, x, y):
+            ways = cal_flash_loss(x, y, scale=1 / self.temperature, head_dim=1), cal_flash_loss(y, x, None, 1 / 0.07, 1)
+            return sum(ways).mean() / 2
+
+    monkeypatch.setitem(sys.modules, "inf_cl", SimpleNamespace(cal_flash_loss=cal_flash_loss))
+    memeff = SimpleNamespace(MemoryEfficientCLIPLoss=MemoryEfficientCLIPLoss)
+    monkeypatch.setitem(sys.modules, "memeff", memeff)
+    monkeypatch.setattr(bench_info_nce, "DEVICE", "cpu")
+    assert not {"inf-cl", "memeff"} & bench_info_nce.clip_losses().keys()
+    monkeypatch.setattr(bench_info_nce, "DEVICE", "cuda")
+    losses = bench_info_nce.clip_losses()
+    for width in (64, 512):
+        a, b = (F.normalize(torch.randn(9, width)) for _ in range(2))
+        for name in ("inf-cl", "memeff"):
+            torch.testing.assert_close(losses[name](a, b), bench_info_nce.dense_clip(a, b))
+
+
+def test_ema_pytorch_averages_as_ours_does():
+    pytest.importorskip("ema_pytorch")
+    table = common.setups()["ema"].setup("tiny", 1, "float32")
+    (peer,) = (provider for provider in table.providers if provider.name == "ema-pytorch")
+    assert peer.error() < 1e-6
 
 
 # ---- the README
