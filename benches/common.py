@@ -415,6 +415,7 @@ def profile(measured: Table, folder: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     bars = axis.barh([e.key[:60] for e in events], [getattr(e, own) / 1e3 for e in events])
     axis.bar_label(bars, [f"{getattr(e, own) / total:.0%}" for e in events], padding=3)
+    axis.margins(x=0.1)  # where the longest bar's label stands
     axis.set(xlabel="ms")
     figure.suptitle(f"a step of {measured.op}, {measured.shape}, on {device_name()}", fontsize=10)
     figure.savefig(folder / f"{measured.op}_profile.png", dpi=110)

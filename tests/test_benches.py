@@ -671,6 +671,17 @@ def test_the_flop_of_norms_is_what_the_page_adds_up():
     assert plot.roof_point(row | {"shape": "rows BN+ReLU"})[0] == 23 / 8 / 4
 
 
+def test_every_picture_is_on_a_page():
+    """And every page has its pictures."""
+    linked = set()
+    for page in (plot.README, *plot.DOCS.glob("*.md")):
+        for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
+            assert (page.parent / target).is_file(), f"{page.name} shows {target}, which is not there"
+            linked.add((page.parent / target).name)
+    pictures = {path.name for path in plot.DOCS.iterdir() if path.suffix in (".png", ".svg")}
+    assert "simclr_profile.png" in pictures and pictures <= linked, pictures - linked
+
+
 def test_no_number_of_the_readme_stands_outside_of_the_tables():
     tables, text = measured_section()
     assert tables.count("\n|") > 100
