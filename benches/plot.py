@@ -21,7 +21,10 @@ NOT_THE_PRODUCT = ("kernels", "forward alone", "reference", "stochastic")
 
 Rows = list[dict[str, str]]
 
-LOSSES = {"nt_xent": "NT-Xent", "info_nce": "InfoNCE, queue", "clip": "CLIP", "sup_con": "SupCon"}
+LOSSES = {
+    "nt_xent": "NT-Xent", "info_nce": "InfoNCE, queue", "clip": "CLIP", "sup_con": "SupCon",
+    "barlow_twins": "Barlow Twins",
+}  # fmt: skip
 NORMS = {"batch_norm": "", "layer_norm": "LN ", "instance_norm": "IN "}  # the shapes of batch norm name it
 STEPS = {"ema": "EMA", "moco": "MoCo step", "accelerate": "training step", "two_views": "views"}
 PARTS = ("data", "encoder", "loss", "optimizer", "ema")

@@ -85,7 +85,7 @@ def test_confident_pairs_in_16_bits(N, D):
 
 
 def test_by_rows_of_few_features():
-    """As a ring has them: what lies beside the diagonal is a 1e-5 of the sum that it is taken from."""
+    """As a ring has them: what lies beside the diagonal is 1e-5 of the sum that it is taken from."""
     z = torch.linalg.qr(torch.randn(1024, 8, dtype=torch.float64, device=DEVICE)).Q
     a, b = (F.batch_norm(x.float(), None, None, training=True) for x in (z, z + 1e-3 * torch.randn_like(z)))
     squares = home.barlow_twins_rows(a, b, None, None, None, 1 / 1024, 0.1, False)[0]
