@@ -4,17 +4,22 @@ curves beside fp64's.
 Batch norm magnifies rounding: after a step or two fp32 curves differ in their second digit, whoever computes them. So
 each is held against the same run in fp64: the error is the mean relative distance of its losses from those.
 
+The floor is the network's flop, forward and backward, at the pace of a square product of the same run.
+
 `python -m benches.bench_accelerate` prints the table and writes the rows to benches/results.csv, and the curves to
-out/accelerate_MODEL.csv; `--quick` takes few small images of the first model.
+out/accelerate_MODEL.csv; `--quick` takes few small images of the first model. `--only resnet50` takes one model,
+`--only float32` one dtype, and `--resume` goes on after an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +36,16 @@ STEPS = 30
 MODELS = {"resnet50": "resnet50", "vit_s_16": "vit_small_patch16_224", "convnext_t": "convnext_tiny"}  # timm's names
 
 
-def model(name: str, pixels: int, accelerated: bool) -> nn.Module:
+def untrained(name: str, pixels: int) -> nn.Module:
     import timm
 
-    torch.manual_seed(0)
     size = {"img_size": pixels} if name.startswith("vit") else {}
-    network = timm.create_model(MODELS[name], num_classes=100, **size)
-    network = network.to(DEVICE, memory_format=torch.channels_last).train()
+    return timm.create_model(MODELS[name], num_classes=100, **size)
+
+
+def model(name: str, pixels: int, accelerated: bool) -> nn.Module:
+    torch.manual_seed(0)
+    network = untrained(name, pixels).to(DEVICE, memory_format=torch.channels_last).train()
     return ssl_fast.accelerate(network).model if accelerated else network
 
 
@@ -76,23 +84,19 @@ def bench(name: str, dtype: str, batch: int, pixels: int, steps: int, exact: lis
     trainers = {p: trainer(name, dtype, p != "eager", batch, pixels) for p in PROVIDERS}
     curves: dict[str, list[float]] = {p: [] for p in PROVIDERS}
     timed = {p: (lambda p=p: curves[p].append(trainers[p]())) for p in PROVIDERS}
-    times = common.interleave(timed, seconds=0, rounds=steps - 1, slow=1e9)
-    rows = []
-    for provider, own in times.items():
-        off = statistics.mean(abs(a - b) / b for a, b in zip(curves[provider], exact, strict=True))
-        rows.append(
-            {
-                "op": "accelerate",
-                "shape": f"{name} {batch}x3x{pixels}x{pixels} channels_last, training step",
-                "dtype": dtype if dtype == "float32" else "bfloat16 autocast",
-                "provider": provider,
-                "error": off,
-                "curve": curves[provider],
-                **common.timing(own),
-            }
-        )
-    for row in rows:
-        row |= {"ratio": row["ms"] / rows[0]["ms"], "to": "eager"}
+    product = common.square_product(dtype)
+    times = common.interleave({**timed, product.name: product.build()}, seconds=0, rounds=steps - 1, slow=1e9)
+    flop = common.flop_of(partial(untrained, name, pixels), batch, 3, pixels, pixels, backward=True)
+    at_full_pace = common.timing(times[product.name])["ms"] * flop / common.SQUARE
+    rows: list[common.Row] = []
+    table = table_of(name, dtype, batch, pixels)
+    for provider in PROVIDERS:
+        row = {"op": table.op, "shape": table.shape, "dtype": table.providers[0].dtype, "provider": provider}
+        row |= {"curve": curves[provider], **common.timing(times[provider])}
+        row["error"] = statistics.mean(abs(a - b) / b for a, b in zip(curves[provider], exact, strict=True))
+        row |= {"ratio": row["ms"] / (rows or [row])[0]["ms"], "to": PROVIDERS[0]}
+        row |= {"x_floor": row["ms"] / at_full_pace, "tflops": flop / row["ms"] / 1e9}
+        rows.append(row)
     return rows
 
 
@@ -101,6 +105,13 @@ def memory(provider: str, name: str, dtype: str, batch: int, pixels: int) -> flo
     step = trainer(name, dtype, provider != "eager", batch, pixels)
     step()
     return common.extra_memory(step)
+
+
+def table_of(name: str, dtype: str, batch: int, pixels: int) -> common.Table:
+    """Whose rows a case gives; they are not built by it."""
+    shape = f"{name} {batch}x3x{pixels}x{pixels} channels_last, training step"
+    label = dtype if dtype == "float32" else "bfloat16 autocast"
+    return common.Table("accelerate", shape, [common.Provider(p, int, label) for p in PROVIDERS])
 
 
 def child(allocator: str, what: str, *given: Any) -> Any:
@@ -113,21 +124,27 @@ def child(allocator: str, what: str, *given: Any) -> Any:
 WORKS: dict[str, Callable[..., Any]] = {"bench": bench, "memory": memory, "truth": truth}
 
 
-def case(name: str, dtype: str) -> tuple[int, int]:
-    """Batch and pixels."""
-    if DEVICE == "cuda":
-        return 128, 224
-    # Where a CPU has no instructions for it, torch's bf16 convolutions and products take 20 times as long as in fp32.
-    if dtype == "bfloat16" and common.instruction_set() != "AMX-BF16":
-        return 4, 64
-    return (16, 128) if name == "resnet50" else (8, 224)
+def cases(quick: bool) -> list[tuple[str, str, int, int]]:
+    """The model, the dtype, batch and pixels."""
+    if quick:
+        return [("resnet50", "float32", 2, 32)]
+
+    def size(name: str, dtype: str) -> tuple[int, int]:
+        if DEVICE == "cuda":
+            return 128, 224
+        # Where a CPU has no instructions for it, torch's bf16 convolutions and products take 20 times fp32's time.
+        if dtype == "bfloat16" and common.instruction_set() != "AMX-BF16":
+            return 4, 64
+        return (16, 128) if name == "resnet50" else (8, 224)
+
+    return [(name, dtype, *size(name, dtype)) for name in MODELS for dtype in ("float32", "bfloat16")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small network")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="this one alone")
-    parser.add_argument("--model", choices=MODELS, help="this one alone")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the cases that hold this text, such as resnet50")
+    parser.add_argument("--resume", action="store_true", help="only cases without rows of this commit")
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -135,32 +152,37 @@ def main() -> None:
         print(json.dumps(WORKS[what](*given)))
         return
     print(f"A training step on {common.device_name()}, {torch.get_num_threads()} threads")
-    dtypes = ("float32",) if arguments.quick else ("float32", "bfloat16")
-    for name in (arguments.model,) if arguments.model else tuple(MODELS)[: 1 if arguments.quick else None]:
-        rows: list[common.Row] = []
-        for dtype in (arguments.dtype,) if arguments.dtype else dtypes:
-            (batch, pixels), steps = ((2, 32), 3) if arguments.quick else (case(name, dtype), STEPS)
-            exact = child("default", "truth", name, batch, pixels, steps)
-            for allocator in ("default", "warm") if DEVICE == "cpu" and not arguments.quick else ("default",):
-                measured = child(allocator, "bench", name, dtype, batch, pixels, steps, exact)
-                for row in measured:
-                    row["extra_mb"] = child(allocator, "memory", row["provider"], name, dtype, batch, pixels)
-                    row["allocator"] = allocator
-                print(f"\n{measured[0]['shape']}, {dtype}, allocator {allocator}; error: of the losses, against fp64")
-                columns = ("provider", "ms", "ms_p20", "ms_p80", "ratio", "extra_mb", "error")
-                print(common.table(measured, columns), flush=True)
-                rows += measured
-                common.save(rows, arguments.quick)
-                if not arguments.quick:
-                    write_curves(name, rows)
+    steps = 3 if arguments.quick else STEPS
+    for name, dtype, batch, pixels in cases(arguments.quick):
+        table, exact = table_of(name, dtype, batch, pixels), None
+        if arguments.only not in json.dumps([name, dtype, batch, pixels]):
+            continue
+        for allocator in ("default", "warm") if DEVICE == "cpu" and not arguments.quick else ("default",):
+            if arguments.resume and common.saved(table, allocator, arguments.quick):
+                continue
+            exact = exact or child("default", "truth", name, batch, pixels, steps)
+            measured = child(allocator, "bench", name, dtype, batch, pixels, steps, exact)
+            for row in measured:
+                row["extra_mb"] = child(allocator, "memory", row["provider"], name, dtype, batch, pixels)
+                row["allocator"] = allocator
+            print(f"\n{table.shape}, {dtype}, allocator {allocator}; error: of the losses, against fp64")
+            columns = ("provider", "ms", "ms_p20", "ms_p80", "ratio", "x_floor", "extra_mb", "error")
+            print(common.table(measured, columns), flush=True)
+            common.save(measured, arguments.quick)
+            if not arguments.quick:
+                write_curves(name, measured)
 
 
 def write_curves(name: str, rows: list[common.Row]) -> None:
+    """In the place of those of the same dtype and allocator."""
     path = Path(f"out/accelerate_{name}.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
+    head, fresh = ["dtype", "allocator", "provider", "step", "loss"], {(r["dtype"], r["allocator"]) for r in rows}
+    with path.open(newline="") if path.exists() else io.StringIO() as file:
+        kept = [line for line in csv.reader(file) if line != head and tuple(line[:2]) not in fresh]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["dtype", "allocator", "provider", "step", "loss"])
+        writer.writerows([head, *kept])
         for row in rows:
             for step, loss in enumerate(row["curve"]):
                 writer.writerow([row["dtype"], row["allocator"], row["provider"], step, loss])

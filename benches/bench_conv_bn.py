@@ -1,6 +1,9 @@
 """Eval forward of ResNets and MobileNetV3: as it is, folded, folded and compiled, by torch.fx's fuse, and by inductor's
 freezing; and what refresh() takes beside a fold and a copy of the weights.
 
+The floor of a forward pass is its convolutions' and products' flop, which folding leaves as they are, at the pace of a
+square product of the same run; that of a refresh is the copy.
+
 `python -m benches.bench_conv_bn` prints the tables and writes the rows to benches/results.csv. On a CPU images of 64
 pixels are taken. Compiling takes most of the time: what is compiled is kept under out/bench, `--resume` goes on after
 an interruption. `--quick` takes ResNet-18, batch 1 and nothing compiled.
@@ -42,6 +45,13 @@ def network(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None).to(DEVICE)
     return calibrated(model, torch.randn(8, 3, SIZE, SIZE, device=DEVICE))
+
+
+@functools.cache
+def flop_of_an_image(name: str) -> float:
+    import torchvision
+
+    return common.flop_of(lambda: torchvision.models.get_model(name, weights=None), 1, 3, SIZE, SIZE)
 
 
 def fused(model: nn.Module) -> nn.Module:
@@ -87,13 +97,14 @@ def forward(name: str, dtype: str, layout: str, batch: int, compiled: bool) -> T
         run, x = made(provider)
         return common.relative_error([run(x)[:4]], [truth()])
 
-    found = []
+    found, work = [], batch * flop_of_an_image(name) / common.SQUARE
     for provider in FORWARDS:
         slow = provider.endswith(("torch.compile", "freezing"))
         if compiled or not slow:
             run, wrong = (lambda p=provider: build(p)), (lambda p=provider: error(p))
-            found.append(Provider(provider, run, dtype, error=wrong, compiled=slow))
-    return Table("conv_bn", f"{name} {batch}x3x{SIZE}x{SIZE} {layout} {dtype}", found)
+            found.append(Provider(provider, run, dtype, "", work, common.PRODUCT, error=wrong, compiled=slow))
+    shape = f"{name} {batch}x3x{SIZE}x{SIZE} {layout} {dtype}"
+    return Table("conv_bn", shape, [*found, common.square_product(dtype)], flop=common.SQUARE)
 
 
 # ---- the refresh

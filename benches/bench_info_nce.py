@@ -86,6 +86,24 @@ def clip_losses() -> dict[str, Loss]:
 
         criterion = ClipLoss()
         found["open_clip"] = lambda image, text: criterion(image, text, torch.tensor(1 / TEMPERATURE))
+    return found | (blockwise_clip_losses() if DEVICE == "cuda" else {})
+
+
+def blockwise_clip_losses() -> dict[str, Loss]:
+    """Peers that refuse tensors of a CPU; both multiply in TF32 where inputs are fp32."""
+    found: dict[str, Loss] = {}
+    with contextlib.suppress(ImportError):
+        from inf_cl import cal_flash_loss
+
+        def one_way(x: Tensor, y: Tensor) -> Tensor:
+            return cal_flash_loss(x, y, scale=1 / TEMPERATURE, head_dim=min(256, x.shape[1])).mean()
+
+        found["inf-cl"] = lambda image, text: (one_way(image, text) + one_way(text, image)) / 2
+    with contextlib.suppress(ImportError):
+        from memeff import MemoryEfficientCLIPLoss
+
+        # Unless told otherwise its gradients are another multiple of the loss's.
+        found["memeff"] = MemoryEfficientCLIPLoss(TEMPERATURE, normalized_inputs=True, stable=False)
     return found
 
 

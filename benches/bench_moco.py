@@ -4,6 +4,9 @@ time, and memory beside it.
 All train the same encoder from the same weights on the same batches by SGD; tests/test_moco.py holds loss and
 gradients of several steps against each other, and the largest difference over the steps of this run is in the table.
 
+The floor is the flop of the query encoder, forward and backward, of the key encoder, forward, and of the loss's two
+products with the queue, at the pace of a square product of the same run.
+
 `python -m benches.bench_moco` prints the table and writes the rows to benches/results.csv; `--profile FOLDER` leaves a
 trace and a picture of one step of ours instead.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -91,10 +95,24 @@ class LightlyMoCo(nn.Module):
         return self.criterion(q, k)
 
 
+def untrained(K: int) -> MoCo:
+    return MoCo(ConvNet(1), K=K, T=0.2, mlp=True, features=128)
+
+
+@cache
+def flop_of_a_step(N: int, K: int, size: int) -> float:
+    def query() -> nn.Module:
+        model = untrained(1)
+        return nn.Sequential(model.encoder, model.head)
+
+    encoders = sum(common.flop_of(query, N, 1, size, size, backward=backward) for backward in (True, False))
+    return encoders + 2 * 2.0 * N * K * 128
+
+
 def model_of(name: str, K: int) -> nn.Module:
     """From the same weights and queue, whichever it is."""
     torch.manual_seed(0)
-    ours = MoCo(ConvNet(1), K=K, T=0.2, mlp=True, features=128).to(DEVICE)
+    ours = untrained(K).to(DEVICE)
     if name == OURS:
         return ours
     plain = PlainMoCo.like(ours)
@@ -131,8 +149,9 @@ def setup(N: int, K: int, size: int) -> Table:
         import lightly.loss  # noqa: F401
 
         names.append(LIGHTLY)
-    found = [Provider(name, lambda name=name: build(name), error=lambda name=name: error(name)) for name in names]
-    return Table("moco", f"N {N} K {K} {size}x{size}", found)
+    work = flop_of_a_step(N, K, size) / common.SQUARE
+    found = [Provider(p, partial(build, p), work=work, floor=common.PRODUCT, error=partial(error, p)) for p in names]
+    return Table("moco", f"N {N} K {K} {size}x{size}", [*found, common.square_product()], flop=common.SQUARE)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@ A step: two views of a batch of bytes, encoder and head, loss, backward pass, SG
 is evaluated. Network, weights, batch and precision are the same for all; augmentation, loss and average are each
 library's own, and ours has gone through `accelerate`. The encoder's part is its forward and backward pass.
 
+The floor of a step is the flop of the encoder and head, forward and backward, and of the loss's two products, at the
+pace of a square product of the same run; those two are floors of their parts as well. That of the other parts is their
+bytes at the pace of a copy: the views written, 20 bytes a parameter of SGD with momentum, 12 of the average.
+
 `python -m benches.bench_simclr` prints the table and writes the rows to benches/results.csv; `--profile FOLDER` leaves
 a trace and a picture of one step of ours instead.
 """
@@ -13,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -101,14 +105,17 @@ def libraries(pixels: int) -> dict[str, Callable[[], tuple[Callable[[Tensor], Vi
 # ---- the step and its parts
 
 
-def network_of(name: str, provider: str) -> nn.Module:
+def untrained(name: str) -> nn.Sequential:
     import torchvision
 
-    torch.manual_seed(0)
     encoder = getattr(torchvision.models, name)()
     width, encoder.fc = encoder.fc.in_features, nn.Identity()
-    network = nn.Sequential(encoder, projection_head("nonlinear", width, 128))
-    network = network.to(DEVICE, memory_format=torch.channels_last).train()
+    return nn.Sequential(encoder, projection_head("nonlinear", width, 128))
+
+
+def network_of(name: str, provider: str) -> nn.Module:
+    torch.manual_seed(0)
+    network = untrained(name).to(DEVICE, memory_format=torch.channels_last).train()
     if provider == OURS:
         ssl_fast.accelerate(network)
     return network
@@ -158,6 +165,17 @@ def steps_of(name: str, pixels: int, batch: int, provider: str) -> dict[str, Ste
     }
 
 
+@cache
+def work_of(name: str, pixels: int, batch: int) -> tuple[int, dict[str, float]]:
+    """The network's parameters; and by part, "" being the whole step, the flop or the bytes that it needs."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in untrained(name).parameters())
+    encoder = common.flop_of(lambda: untrained(name), 2 * batch, 3, pixels, pixels, backward=True)
+    loss = 2 * 2.0 * (2 * batch) ** 2 * 128
+    moved = {"data": 4.0 * 2 * batch * 3 * pixels**2, "optimizer": 20.0 * parameters, "ema": 12.0 * parameters}
+    return parameters, {"": encoder + loss, "encoder": encoder, "loss": loss, **moved}
+
+
 def setup(name: str, pixels: int, batch: int) -> Table:
     def error(provider: str) -> float:
         """Of the loss of one batch of views, which are the same for all."""
@@ -168,13 +186,19 @@ def setup(name: str, pixels: int, batch: int) -> Table:
         return common.relative_error([criterion(*network_of(name, provider)(x).chunk(2))], [truth])
 
     dtype = "bfloat16 autocast" if DEVICE == "cuda" else "float32"
+    parameters, works = work_of(name, pixels, batch)
+    copied = 8.0 * parameters
     found = []
     for part in ("", *PARTS):
+        floor, unit = (common.PRODUCT, common.SQUARE) if part in ("", "encoder", "loss") else (common.COPY, copied)
+        of_part = partial(Provider, dtype=dtype, op=f"simclr {part}".strip(), work=works[part] / unit, floor=floor)
         for provider in libraries(pixels):
             build = partial(lambda provider, part: steps_of(name, pixels, batch, provider)[part], provider, part)
             wrong = None if part else partial(error, provider)
-            found.append(Provider(provider, build, dtype, op=f"simclr {part}".strip(), error=wrong))
-    return Table("simclr", f"{name} {batch}x3x{pixels}x{pixels}", found)
+            found.append(of_part(provider, build, error=wrong))
+    floors = [common.square_product(dtype), common.copy_of(lambda: torch.randn(parameters, device=DEVICE))]
+    shape = f"{name} {batch}x3x{pixels}x{pixels}"
+    return Table("simclr", shape, [*found, *floors], flop=common.SQUARE, bytes=copied)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from statistics import quantiles
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from ssl_fast.info import cpu_name
 from ssl_fast.memory import free_memory, out_of_memory, resident_memory
@@ -52,6 +53,8 @@ ALLOCATORS = {
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BARS = 12  # of a profile
 COPY, PRODUCT = "copy_", "mm(out=)"  # the two floors
+SIDE = 4096 if DEVICE == "cuda" else 1024  # of a product that runs at full speed
+SQUARE = 2.0 * SIDE**3  # its flop
 
 Row = dict[str, Any]
 Step = Callable[[], Any]
@@ -63,7 +66,8 @@ class Provider:
 
     `build` gives the step to time; it allocates, so that setting up a table costs nothing. `op` and `dtype` replace
     those of the table. `work` is that of the step in units of the floor's step, the same for every provider of an op,
-    whatever it executes; None where the two have no unit in common. `error` gives the relative error against fp64.
+    whatever it executes; None where the two have no unit in common. `floor` names the provider that is the floor, the
+    first of the table where it is empty. `error` gives the relative error against fp64.
     """
 
     name: str
@@ -71,6 +75,7 @@ class Provider:
     dtype: str = "float32"
     op: str = ""
     work: float | None = None
+    floor: str = ""
     error: Callable[[], float] | None = None
     compiled: bool = False  # its first call compiles: it is not timed, and its memory is that of a later one
     elsewhere: bool = False  # in processes of its own, whose memory nobody counts here
@@ -83,7 +88,7 @@ class Provider:
 @dataclass
 class Table:
     """Providers that are measured in turn in one run; the first is what ratios are to. `flop` and `bytes` are those
-    of its step where it is a floor."""
+    of the floors' steps, of the product and of the copy."""
 
     op: str
     shape: str
@@ -100,18 +105,47 @@ def copy_of(x: Callable[[], Tensor], dtype: str = "float32") -> Provider:
         kept = torch.empty_like(source)
         return lambda: kept.copy_(source)
 
-    return Provider(COPY, build, dtype, work=1.0)
+    return Provider(COPY, build, dtype, work=1.0, floor=COPY)
 
 
-def product_of(N: int, K: int, D: int) -> Provider:
-    """The floor of what multiplies: (N, D) by (D, K) into a kept output, in fp32."""
+def product_of(N: int, K: int, D: int, dtype: str = "float32") -> Provider:
+    """The floor of what multiplies: (N, D) by (D, K) into a kept output."""
 
     def build() -> Step:
-        x, y = torch.randn(N, D, device=DEVICE), torch.randn(K, D, device=DEVICE)
-        kept = torch.empty(N, K, device=DEVICE)
+        kind = getattr(torch, dtype)
+        x, y = torch.randn(N, D, device=DEVICE, dtype=kind), torch.randn(K, D, device=DEVICE, dtype=kind)
+        kept = torch.empty(N, K, device=DEVICE, dtype=kind)
         return lambda: torch.mm(x, y.T, out=kept)
 
-    return Provider(PRODUCT, build, work=1.0)
+    return Provider(PRODUCT, build, dtype, work=1.0, floor=PRODUCT)
+
+
+def square_product(dtype: str = "float32") -> Provider:
+    """The floor of whole networks and steps, whose work is their flop over SQUARE.
+
+    In bf16 where the network is and the device has instructions for it; elsewhere fp32 is the faster.
+    """
+    fast = DEVICE == "cuda" or instruction_set() == "AMX-BF16"
+    return product_of(SIDE, SIDE, SIDE, "bfloat16" if fast and dtype.startswith("bfloat16") else "float32")
+
+
+def flop_of(make: Callable[[], nn.Module], *shape: int, backward: bool = False) -> float:
+    """Of the convolutions and products of one pass through a network, on the meta device, where nothing is computed."""
+    # The counter takes the weight's gradient of grouped convolutions for that of dense ones; each of the two gradients
+    # has as many products as the pass forward.
+    gradients = {torch.ops.aten.convolution_backward: _flop_of_gradients}
+    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=gradients) as counted:
+        network, x = make().train(backward), torch.empty(shape)
+        with torch.set_grad_enabled(backward):
+            y = network(x)
+        if backward:
+            y.sum().backward()
+    return float(counted.get_total_flops())
+
+
+def _flop_of_gradients(dy: Any, x: Any, w: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    transposed, wanted = rest[4], rest[7]
+    return sum(wanted[:2]) * conv_flop_count(x, w, dy, transposed)
 
 
 def relative_error(values: Sequence[Tensor], truths: Sequence[Tensor]) -> float:
@@ -135,10 +169,13 @@ def measure(table: Table, seconds: float, allocator: str = "default", quick: boo
             steps[p.key]()
     measured = interleave(steps, cold=True, **least)
     warm = interleave(steps, **least) if DEVICE == "cuda" else {}
+    first = table.providers[0].name
+    floors = {p.floor or first for p in table.providers if p.work is not None}
+    floor_ms = {p.name: timing(measured[p.key])["ms"] for p in running if p.name in floors}
     rows: list[Row] = []
     for p in table.providers:
         row: Row = {"op": p.op or table.op, "shape": table.shape, "dtype": p.dtype, "provider": p.name}
-        row |= {"allocator": allocator, "to": table.providers[0].name}
+        row |= {"allocator": allocator, "to": first}
         rows.append(row)
         if p not in running:
             continue
@@ -146,11 +183,11 @@ def measure(table: Table, seconds: float, allocator: str = "default", quick: boo
         row |= {"ms_warm_l2": timing(warm[p.key])["ms"]} if warm else {}
         row["ratio"] = row["ms"] / rows[0]["ms"]
         if p.work is not None:
-            row["x_floor"] = row["ratio"] / p.work
-            row |= {"tflops": p.work * table.flop / row["ms"] / 1e9} if table.flop else {}
-            row |= {"gb_per_s": p.work * table.bytes / row["ms"] / 1e6} if table.bytes else {}
-        floor = p is table.providers[0] and p.work is not None
-        if allocator == "default" and not floor and not p.elsewhere:
+            floor = p.floor or first
+            row["x_floor"] = row["ms"] / floor_ms[floor] / p.work
+            row |= {"tflops": p.work * table.flop / row["ms"] / 1e9} if table.flop and floor != COPY else {}
+            row |= {"gb_per_s": p.work * table.bytes / row["ms"] / 1e6} if table.bytes and floor != PRODUCT else {}
+        if allocator == "default" and p.name not in floors and not p.elsewhere:
             row["extra_mb"] = extra_memory(steps[p.key]) if p.compiled else peaks[p.key]
         if p.error is not None:
             row["error"] = p.error()
@@ -378,6 +415,7 @@ def profile(measured: Table, folder: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     bars = axis.barh([e.key[:60] for e in events], [getattr(e, own) / 1e3 for e in events])
     axis.bar_label(bars, [f"{getattr(e, own) / total:.0%}" for e in events], padding=3)
+    axis.margins(x=0.1)  # where the longest bar's label stands
     axis.set(xlabel="ms")
     figure.suptitle(f"a step of {measured.op}, {measured.shape}, on {device_name()}", fontsize=10)
     figure.savefig(folder / f"{measured.op}_profile.png", dpi=110)

@@ -21,16 +21,19 @@ NOT_THE_PRODUCT = ("kernels", "forward alone", "reference", "stochastic")
 
 Rows = list[dict[str, str]]
 
-LOSSES = {"nt_xent": "NT-Xent", "info_nce": "InfoNCE, queue", "clip": "CLIP", "sup_con": "SupCon"}
+LOSSES = {
+    "nt_xent": "NT-Xent", "info_nce": "InfoNCE, queue", "clip": "CLIP", "sup_con": "SupCon",
+    "barlow_twins": "Barlow Twins",
+}  # fmt: skip
 NORMS = {"batch_norm": "", "layer_norm": "LN ", "instance_norm": "IN "}  # the shapes of batch norm name it
 STEPS = {"ema": "EMA", "moco": "MoCo step", "accelerate": "training step", "two_views": "views"}
 PARTS = ("data", "encoder", "loss", "optimizer", "ema")
 # Steps of the floor's in one of an op, as its bench has it and docs/kernels.md derives it.
 WORK = {"nt_xent": 2.0, "info_nce": 2.0, "clip": 3.0, "sup_con": 2.0, "barlow_twins": 1.0, "batch_norm": 5.0,
-        "layer_norm": 2.5, "instance_norm": 2.5, "ema": 1.0, "conv_bn refresh": 1.0, "two_views": 0.5,
-        "knn": 1.0}  # fmt: skip
+        "layer_norm": 2.5, "instance_norm": 2.5, "ema": 1.0, "lars": 2.5, "conv_bn refresh": 1.0,
+        "two_views": 0.5, "knn": 1.0}  # fmt: skip
 PLAIN = ("dense PyTorch", "mm + cat + cross_entropy", "eager", "mul_ add_", "torch.fx fuse", "torchvision",
-         "scikit-learn, brute")  # fmt: skip
+         "scikit-learn, brute", "plain PyTorch")  # fmt: skip
 
 
 def rows_of(*ops: str) -> Rows:
@@ -108,7 +111,7 @@ def step_block() -> str:
                 "peak extra MB": row["extra_mb"],
             }
             for row in here
-            if row["allocator"] == "default"
+            if row["allocator"] == "default" and (row["provider"] not in FLOORS or row["to"] in FLOORS)
         ]
 
     return by_device(rows_of(*STEPS), lines)
@@ -156,8 +159,7 @@ def lost_block() -> str:
             rows = [r for r in rows if r["provider"] not in FLOORS]
             rows = [r for r in rows if not any(word in r["provider"] for word in NOT_THE_PRODUCT)]
             ours = [time(r) for r in rows if r["provider"].startswith("ssl_fast")]
-            best = min(rows, key=time)
-            if ours and time(best) < min(ours):
+            if ours and time(best := min(rows, key=time)) < min(ours):
                 line: common.Row = dict(zip(keys, map(unbroken, key), strict=True))
                 line |= {"faster": best["provider"], "ms": best["ms"], "ours, ms": min(ours)}
                 found.append(line)
@@ -194,7 +196,7 @@ def simclr_block() -> str:
             for row in here
         ]
 
-    rows = rows_of("simclr")
+    rows = [row for row in rows_of("simclr") if row["provider"] not in FLOORS]
     picture = "![a SimCLR step by its parts](docs/simclr.svg)\n\n" if rows else ""
     return picture + by_device(rows, lines)
 
@@ -342,17 +344,18 @@ def draw_nt_xent(rows: Rows, path: Path) -> None:
     write(figure, path)
 
 
-# What is done to a number that is normalised, forward and backward (mean 1, variance 3, y 2; two sums 3, dx 5).
-FLOP_OF_A_NUMBER = {"batch_norm": 14, "layer_norm": 14, "instance_norm": 14, "ema": 3}
-PASSES = {"batch_norm": 10, "layer_norm": 5, "instance_norm": 5, "ema": 3}  # over it, read or written
+# What our kernels do to a number, forward and backward, as docs/kernels.md counts it; and the passes over it, read or
+# written. Without a residual no mask is kept, and the backward finds the sign again.
+FLOP_OF_A_NUMBER = {"batch_norm": 20, "BN+ReLU": 23, "layer_norm": 29, "instance_norm": 16, "ema": 3}
+PASSES = {"batch_norm": 10, "BN+ReLU": 8, "layer_norm": 5, "instance_norm": 5, "ema": 3}
 
 
 def roof_point(row: dict[str, str]) -> tuple[float, float]:
     """Flop a byte, and TFLOP/s, of what an op needs, whatever a provider executes or moves (docs/kernels.md)."""
     if row["op"] in PASSES:
-        passes = 8 if "BN+ReLU" in row["shape"] else PASSES[row["op"]]
+        kind = "BN+ReLU" if "BN+ReLU" in row["shape"] else row["op"]
         width = 2 if row["dtype"].startswith("bfloat16") else 4
-        intensity = FLOP_OF_A_NUMBER[row["op"]] / passes / width
+        intensity = FLOP_OF_A_NUMBER[kind] / PASSES[kind] / width
         return intensity, intensity * float(row["gb_per_s"]) / 1e3
     size = {k: int(v) for k, v in re.findall(r"(\w)=(\d+)", row["shape"])}
     N, D = size["N"] * (2 if row["op"] == "nt_xent" else 1), size["D"]
@@ -394,7 +397,7 @@ def draw_simclr(rows: Rows, path: Path) -> None:
     """The parts of a step, a bar a provider, a column a device."""
     figure, axes = canvas(1, len(devices(rows)), size=(7 * len(devices(rows)), 3))
     for axis, device in zip(axes[0], devices(rows), strict=True):
-        here = [r for r in rows if r["device"] == device]
+        here = [r for r in rows if r["device"] == device and r["provider"] not in FLOORS]
         providers = list(dict.fromkeys(r["provider"] for r in here))
         left = dict.fromkeys(providers, 0.0)
         for part in PARTS:

@@ -253,7 +253,7 @@ def barlow_twins_columns(
             if gradients:
                 _add(dx[:, columns], y, C.T, slope)
                 _add(dy, part, C, slope)
-        return total.float(), dx, dy
+        return total, dx, dy
 
 
 def _rows(
@@ -297,4 +297,4 @@ def barlow_twins_rows(
             if gradients:
                 _add(da[rows], weights_a, x, 2 * weight * scale)
                 _add(db[rows], weights_b, y, 2 * weight * scale)
-        return total.float(), da, db
+        return total, da, db

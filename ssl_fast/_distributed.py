@@ -58,9 +58,10 @@ def shared_permutation(n: int, device: torch.device) -> Tensor:
 # ---- the batch of a loss
 
 
-def share(z: Tensor, group: Any, strategy: str) -> Ranks | None:
-    """How the rows z (N, D) of all the processes of a group lie; None where there is no group."""
-    return None if group is None else Ranks(z, group, strategy)
+def share(z: Tensor, group: Any, strategy: str, **agreed: bool) -> Ranks | None:
+    """How the rows z (N, D) of all the processes of a group lie; None where there is no group. `agreed` is what all
+    must say alike, as the tensors that they exchange follow from it."""
+    return None if group is None else Ranks(z, group, strategy, **agreed)
 
 
 def check_strategy(strategy: object) -> None:
@@ -109,14 +110,22 @@ class Ranks:
         total, first: all rows, and the number of this process's first among them.
     """
 
-    def __init__(self, z: Tensor, group: Any, strategy: str) -> None:
+    def __init__(self, z: Tensor, group: Any, strategy: str, **agreed: bool) -> None:
         self.group, self.strategy = group, strategy
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        facts = torch.tensor([[len(z), z.shape[1], _DTYPES.index(z.dtype)]], device=z.device)
-        everyone = facts.new_empty(self.world, 3)
+        agreed |= {"strategy='ring'": strategy == "ring"}
+        facts = torch.tensor([[len(z), z.shape[1], _DTYPES.index(z.dtype), *agreed.values()]], device=z.device)
+        everyone = facts.new_empty(self.world, facts.shape[1])
         with self.answered():
             dist.all_gather(list(everyone.split(1)), facts, group)
-        (*counts,), (*widths,), (*dtypes,) = everyone.T.tolist()
+        counts, widths, dtypes, *answers = everyone.T.tolist()
+        for name, said in zip(agreed, answers, strict=True):
+            if len(set(said)) > 1:
+                ranks = [rank for rank, yes in enumerate(said) if yes]
+                raise ValueError(
+                    f"{name}: got it on ranks {ranks} of 0 to {self.world - 1} alone, allowed: on all or on none; "
+                    "call the loss alike on every process, one without rows with torch.empty(0, D, requires_grad=True)"
+                )
         if len(set(widths)) > 1:
             raise ValueError(
                 f"D: got embeddings of {widths} columns on ranks 0 to {self.world - 1}, allowed: one width"
@@ -311,7 +320,7 @@ class Team:
             if "TORCHELASTIC_RUN_ID" in os.environ:
                 _end_with_the_launcher()
         self.rank, self.world = rank_and_world()
-        self.leads = self.rank == 0
+        self.leads, self.checked = self.rank == 0, False
 
     def share(self, batch_size: int) -> int:
         """Images a step on each process."""
@@ -337,6 +346,19 @@ class Team:
         model.module = network
         network.zero_grad(set_to_none=True)
         return model
+
+    def check_gradients(self, network: nn.Module) -> None:
+        """Raise after the first backward of a model whose gradients `wrap` could not average all."""
+        if self.world == 1 or self.checked:
+            return
+        self.checked = True
+        without = [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
+        if without:
+            raise ValueError(
+                f"model: got parameters that its output does not depend on ({', '.join(without[:4])}), allowed on "
+                "several processes: none, as each waits for the others' gradients; remove them, or call "
+                "requires_grad_(False) on them"
+            )
 
     @torch.no_grad()
     def average_gradients(self, network: nn.Module) -> None:

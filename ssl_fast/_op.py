@@ -221,6 +221,15 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or _len_torch_dispatch_stack() > 0 or _peek_interpreter_stack() is not None
 
 
+def records(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with tensors."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
 def transforming() -> bool:
     """Whether torch.func, forward-mode differentiation or an export to ONNX looks on: they follow a reference,
     operation by operation, and know neither the operators nor an autograd.Function."""

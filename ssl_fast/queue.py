@@ -15,8 +15,9 @@ from ssl_fast._distributed import processes, share
 class KeyQueue(nn.Module):
     """The last `size` keys, row-major, so that a loss reads them as they lie.
 
-    Random unit rows until they are filled. What is enqueued overwrites the oldest keys in place, wrapping at any batch
-    size; the position stays on the device, and all is in the state dict.
+    Random unit rows until they are filled, the same on every process with gather_distributed. What is enqueued
+    overwrites the oldest keys in place, wrapping at any batch size; the position stays on the device, and all is in the
+    state dict.
 
     Args:
         size: how many keys.
@@ -55,11 +56,14 @@ class KeyQueue(nn.Module):
         for name, value in (("size", size), ("dim", dim)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, allowed: a whole number >= 1")
-        self.register_buffer("keys", F.normalize(torch.randn(size, dim)))
+        self.gather_distributed, self.group = gather_distributed or group is not None, group
+        # The negatives of a loss over several processes are the same on each, whatever their seeds.
+        same = torch.Generator().manual_seed(0) if self.gather_distributed else None
+        keys = torch.randn(size, dim, generator=same, device="cpu" if same else None)
+        self.register_buffer("keys", F.normalize(keys.to(torch.get_default_device())))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.register_buffer("fill", torch.zeros((), dtype=torch.int64))
         self.normalize = normalize
-        self.gather_distributed, self.group = gather_distributed or group is not None, group
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:

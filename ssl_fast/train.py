@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_fast._distributed import Team, everyone
+from ssl_fast._distributed import Team, everyone, gather
 from ssl_fast.accelerate import accelerate as accelerated
 from ssl_fast.arguments import check_arguments, defaults
 from ssl_fast.augment import Policy, TwoViews, policy_named, seed_of
@@ -170,7 +170,8 @@ def train(
     if optimizer == recipe.optimizer:
         lr = recipe.lr * batch_size / 256 if lr is None and recipe.lr else lr
         weight_decay = recipe.weight_decay if weight_decay is None else weight_decay
-    optim = build_optimizer(network, optimizer, batch_size, lr, weight_decay, recipe.bias_lr)
+    own = optimizer == recipe.optimizer
+    optim = build_optimizer(network, optimizer, batch_size, lr, weight_decay, recipe.bias_lr if own else 1.0)
     factor_of = SCHEDULES[recipe.schedule if schedule == "auto" else schedule]
     peak = [group["lr"] for group in optim.param_groups]
     seen, labels = _Seen(network.head), images.train.labels if probe_every and images.test else None
@@ -253,6 +254,7 @@ def train(
                     team.average_gradients(network)
                 else:
                     loss.backward()
+                    team.check_gradients(network)
                 optim.step()
                 if probe and labels is not None:
                     rows = recipe.trained_views * len(batch)
@@ -267,12 +269,12 @@ def train(
                 stops = team.any(interruption.requested) if team.world == 1 or logs or saves else False
                 value = _finite(team.mean(loss), step, run) if logs or saves or stops else math.nan
                 if logs:
-                    z = seen.z
+                    z = gather(seen.z.float())
                     row = {"step": step, "epoch": round(step / steps_per_epoch, 4), "loss": value}
                     row |= {"lr": peak[0] * factor, "std": embedding_std(z), **watch.lap()}
                     run.record(row)
                     progress.show(row)
-                    if team.leads:
+                    if team.leads and len(z) > 1:
                         _warn_of_collapse(row["std"], z.shape[1])
                 if saves or stops:
                     with watch.paused():

@@ -72,6 +72,29 @@ def test_confident_pairs_and_decorrelated_features():
             assert_close(name, value[name], truth[name], plain[name], torch.float32)
 
 
+@pytest.mark.parametrize(("N", "D"), [(512, 32), (2048, 128)])
+def test_confident_pairs_in_16_bits(N, D):
+    """1 - C_dd is far smaller than a rounding of what it is made of."""
+    torch.manual_seed(0)
+    z = torch.linalg.qr(torch.randn(N, D, dtype=torch.float64, device=DEVICE)).Q * N**0.5
+    z_a, z_b = (x.bfloat16() for x in (z, z + 0.01 * torch.randn_like(z)))
+    truth, value, plain = (results(f, z_a.to(t), z_b.to(t)) for f, t in (
+        (dense, torch.float64), (barlow_twins, torch.bfloat16), (dense, torch.bfloat16)))  # fmt: skip
+    for name in truth:
+        assert_close(name, value[name], truth[name], plain[name], torch.bfloat16)
+
+
+def test_by_rows_of_few_features():
+    """As a ring has them: what lies beside the diagonal is 1e-5 of the sum that it is taken from."""
+    z = torch.linalg.qr(torch.randn(1024, 8, dtype=torch.float64, device=DEVICE)).Q
+    a, b = (F.batch_norm(x.float(), None, None, training=True) for x in (z, z + 1e-3 * torch.randn_like(z)))
+    squares = home.barlow_twins_rows(a, b, None, None, None, 1 / 1024, 0.1, False)[0]
+    C = a.double().T @ b.double() / 1024
+    beside = (C - C.diagonal().diag()).square().sum()
+    assert beside < 1e-5 * squares and squares.dtype == torch.float64
+    assert squares - C.diagonal().square().sum() == pytest.approx(beside.item(), rel=1e-2)
+
+
 def test_both_ways_give_the_same():
     a, b = (F.batch_norm(z, None, None, training=True) for z in views(20, 23, torch.float64))
     on = (a * b).mean(0)
@@ -127,7 +150,7 @@ def test_triton(N, more, D, dtype, precision, gradients):
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
         for name, value, true, loose in zip(("squares", "da", "db"), found, truth, plain, strict=True):
-            assert value.dtype == torch.float32
+            assert value.dtype == (torch.float64 if name == "squares" else torch.float32)
             assert_close(name, value, true, loose, torch.float16 if precision == "tf32" else dtype)
 
 

@@ -3,60 +3,190 @@
 import ast
 import csv
 import gzip
+import importlib
 import json
+import pkgutil
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
+from functools import partial
+from inspect import isclass, isroutine
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssl_fast
-from benches import bench_simclr, common, compare_findings, compare_steps, compare_views, evidence, plot
+from benches import (
+    bench_accelerate,
+    bench_info_nce,
+    bench_simclr,
+    common,
+    compare_findings,
+    compare_steps,
+    compare_views,
+    evidence,
+    plot,
+)
 from ssl_fast import bench as bench_module
 from ssl_fast import functional, nn
 from ssl_fast.cli import main
+from ssl_fast.optim import LARS, warmup_cosine
 from ssl_fast.run import read_rows
 
 ROOT = Path(__file__).parents[1]
 
+ONCE_A_RUN = "called once a run, or once a command"
+REPORTED = "what a call that is timed returns"
+# A module of which nothing is in a bench, or what of another is not.
 NOTHING_TO_TIME = {
-    "backend": "chooses what is timed",
-    "cosine_momentum": "a number a step",
-    "functional": "a module whose functions are listed themselves",
-    "nn": "a module whose classes are listed themselves",
-    "__version__": "a string",
     "BarlowTwins": "an encoder, a head and BarlowTwinsLoss, which is timed",
-    "SyncBatchNorm": "what convert_sync_batchnorm returns, which is timed",
-    "barlow_twins": "what BarlowTwinsLoss calls",
-    "clip": "what CLIPLoss calls",
-    "sup_con": "what SupConLoss calls",
+    "__version__": "a string",
+    "cosine_momentum": "a number a step",
+    "functional": "a module, whose functions are listed themselves",
+    "functional.barlow_twins": "what BarlowTwinsLoss calls",
+    "functional.clip": "what CLIPLoss calls",
+    "functional.info_nce": "what InfoNCE calls",
+    "functional.sup_con": "what SupConLoss calls",
+    "nn.SyncBatchNorm": "what convert_sync_batchnorm returns, which is timed",
+    "accelerate.Report": REPORTED,
+    "accelerate.Site": REPORTED,
+    "accelerate.activation_of": ONCE_A_RUN,
+    "accelerate.hooked": ONCE_A_RUN,
+    "accelerate.norm_act": ONCE_A_RUN,
+    "accelerate.obstacle": ONCE_A_RUN,
+    "accelerate.restore": ONCE_A_RUN,
+    "arguments": ONCE_A_RUN,
+    "augment.normalise": "a part of plain_view",
+    "augment.plain_view": "the evaluation's view, without a draw: a resize of torch's",
+    "augment.policy_named": ONCE_A_RUN,
+    "augment.seed_of": "a number a call",
+    "bench": "what starts the benches",
+    "cached.check_micro_batch": "compares two numbers",
+    "cli": ONCE_A_RUN,
+    "data.ImageData": "holds what Loader reads",
+    "data.ahead": "a part of Loader, which is timed",
+    "data.in_order": "a range of indices",
+    "demo.demo": "training runs, and pictures of them",
+    "embed": "an encoder's forward passes, which bench_conv_bn times, and files",
+    "evaluate": "forward passes, and the searches and probes that have lines of their own",
+    "export": ONCE_A_RUN,
+    "features": "an encoder's forward passes, which bench_conv_bn times",
+    "finetune": "training steps of a user's network by torch's optimizers",
+    "fold.FoldReport": REPORTED,
+    "fold.FoldedLinear": "torch's Linear, with a check of its input's rank",
+    "fold.eval_mode": ONCE_A_RUN,
+    "fold.verify": "two forward passes, once",
+    "folder": "files, and their decoding by Pillow or nvJPEG",
+    "info": ONCE_A_RUN,
+    "knn.knn_accuracy": "nearest_neighbours, which is timed, and a count of votes",
+    "knn.knn_k": "a number",
+    "memory.format_memory": "a text",
+    "memory.free_memory": "asks the system, once a run",
+    "methods.METHODS": "a table of names",
+    "methods.Method": "a recipe of train",
+    "methods.barlow_twins.projector": "builds a head, once",
+    "methods.moco.moco_v1": "MoCo, which is timed, with other defaults",
+    "online": "a linear layer's step beside an encoder's",
+    "optim.build_optimizer": ONCE_A_RUN,
+    "optim.warmup_cosine": "a number a step",
+    "optim.warmup_steps": "a number a step",
+    "plan": "counts on fake tensors, once before a run",
+    "plots": "pictures, at a run's end",
+    "probe": "scikit-learn's regression, or SGD on one linear layer",
+    "progress.Console": "prints lines",
+    "progress.Interruption": "answers Ctrl-C",
+    "progress.Progress": "prints a line",
+    "progress.console": "prints lines",
+    "progress.counted": "prints a line",
+    "report": "a page, at a run's end",
+    "run": "files, seeds and checkpoints, which are the disk's time",
+    "sync_batch_norm.sync_batch_norm": "what the modules of convert_sync_batchnorm call, which are timed",
 }
 
 
-def names_in(path: Path) -> set[str]:
-    """Every name that a file's code uses, its texts and comments left out."""
+def defined_in(module: ModuleType) -> dict[str, Any]:
+    """By name: its `__all__`, or the functions and classes that it defines and does not hide."""
+    own = {k: v for k, v in vars(module).items() if not k.startswith("_") and (isclass(v) or isroutine(v))}
+    names = getattr(module, "__all__", [k for k, v in own.items() if v.__module__ == module.__name__])
+    return {name: getattr(module, name) for name in names}
+
+
+def everything_public() -> dict[str, dict[str, Any]]:
+    """By module, without what an earlier one has: the package's front first. The home pages of `ops` and the launchers
+    of `kernels` are public by that front alone."""
+    modules = [ssl_fast, functional, nn]
+    for found in pkgutil.walk_packages(ssl_fast.__path__, "ssl_fast."):
+        if "._" not in found.name and found.name.split(".")[1] not in ("ops", "kernels"):
+            modules.append(importlib.import_module(found.name))
+    seen: set[int] = set()
+    public: dict[str, dict[str, Any]] = {}
+    for module in dict.fromkeys(modules):
+        fresh = {name: value for name, value in defined_in(module).items() if id(value) not in seen}
+        seen |= set(map(id, fresh.values()))
+        public[module.__name__.removeprefix("ssl_fast").removeprefix(".")] = fresh
+    return public
+
+
+def used_in(source: str) -> set[int]:
+    """What code uses of the package: the identities of names that it imports, and of attributes of its modules."""
+    tree, bound = ast.parse(source), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in (name for name in node.names if name.name.split(".")[0] == "ssl_fast"):
+                bound[name.asname or "ssl_fast"] = sys.modules[name.name if name.asname else "ssl_fast"]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ssl_fast":
+            scope: dict[str, Any] = {}
+            exec(ast.unparse(node), scope)
+            bound |= {name.asname or name.name: scope[name.asname or name.name] for name in node.names}
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Name):
-            found.add(node.id)
-        elif isinstance(node, ast.Attribute):
-            found.add(node.attr)
-        elif isinstance(node, ast.alias):
-            found.add(node.name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in bound:
+            found.add(id(bound[node.id]))
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.add(id(getattr(bound.get(node.value.id), node.attr, None)))
     return found
 
 
+def orphans(public: dict[str, dict[str, Any]], timed: set[int], reasons: Collection[str]) -> tuple[set[str], set[str]]:
+    """What is in no bench and has no reason, and the reasons that nothing needs."""
+    found, needed = set(), set()
+    for module, names in public.items():
+        whole = not any(id(value) in timed for value in names.values())  # a reason for all of it will do
+        for name, value in names.items():
+            key = f"{module}.{name}".removeprefix(".")
+            if id(value) not in timed:
+                needed.add(covered := module if whole and module in reasons else key)
+                found |= {covered} - set(reasons)
+    return found, set(reasons) - needed
+
+
 def test_everything_public_is_in_a_bench():
-    timed = set().union(*map(names_in, (ROOT / "benches").glob("bench_*.py")))
-    public = {*ssl_fast.__all__, *functional.__all__, *nn.__all__}
-    orphans = public - timed - NOTHING_TO_TIME.keys()
-    assert not orphans, f"no bench has {sorted(orphans)}: add them, or a reason to NOTHING_TO_TIME"
-    assert not (needless := NOTHING_TO_TIME.keys() - public), f"{sorted(needless)} need no reason"
+    """In one that writes rows: by what is used, not by names that happen to be alike."""
+    sources = [path.read_text() for path in (ROOT / "benches").glob("*.py")]
+    writing = [source for source in sources if re.search(r"common\.(main|save)\(", source)]
+    found, needless = orphans(everything_public(), set().union(*map(used_in, writing)), NOTHING_TO_TIME)
+    assert not found, f"no bench has {sorted(found)}: add them, or a reason to NOTHING_TO_TIME"
+    assert not needless, f"{sorted(needless)} need no reason"
+
+
+def test_an_orphan_is_found():
+    public = everything_public()
+    assert {"LARS", "warmup_cosine"} <= public["optim"].keys() and {"Loader"} <= public["data"].keys()
+    assert {"EMA", "NTXentLoss"} <= public[""].keys() and "EMA" not in public.get("ops.ema", {})
+    code = "import ssl_fast.nn as fast\nfrom ssl_fast.optim import LARS as own\nown(x)\nfast.LayerNorm\nKeyQueue"
+    timed = used_in(code)
+    assert {id(LARS), id(nn.LayerNorm)} <= timed and id(ssl_fast.KeyQueue) not in timed
+    some = {"": {"KeyQueue": ssl_fast.KeyQueue}, "optim": {"LARS": LARS, "warmup_cosine": warmup_cosine}}
+    assert orphans(some, timed, {"optim.LARS"}) == ({"KeyQueue", "optim.warmup_cosine"}, {"optim.LARS"})
+    assert orphans(some, timed, {"optim"})[0] == {"KeyQueue", "optim.warmup_cosine"}  # part of it is timed
+    assert orphans(some, set(), {"optim", "KeyQueue"}) == (set(), set())
 
 
 class Small(TorchDispatchMode):
@@ -64,7 +194,7 @@ class Small(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        assert not isinstance(result, torch.Tensor) or result.numel() < 10_000, func
+        assert not isinstance(result, torch.Tensor) or result.is_meta or result.numel() < 10_000, func
         return result
 
 
@@ -76,6 +206,48 @@ def test_a_setup_computes_nothing(stem):
         with Small():
             keys = [provider.key for provider in module.setup(*case).providers]
         assert len(keys) == len(set(keys)) > 1
+
+
+@pytest.mark.parametrize("stem", common.setups())
+def test_every_row_of_ours_has_a_floor(stem):
+    """But for what uses memory, and not time, to the full."""
+    module = common.setups()[stem]
+    for case in [*module.cases(True), *module.cases(False)]:
+        table = module.setup(*case)
+        names = {provider.name for provider in table.providers}
+        for provider in table.providers:
+            if not table.shape.startswith("step of "):
+                assert provider.work and (provider.floor or table.providers[0].name) in names, (table.shape, provider)
+
+
+def test_the_flop_of_networks():
+    """Forward and backward by hand; the first layer has no gradient of its input, and groups have no products between
+    them."""
+
+    layers = torch.nn
+
+    def network(groups):
+        convolutions = layers.Conv2d(3, 8, 3), layers.Conv2d(8, 12, 3, groups=groups)
+        return layers.Sequential(*convolutions, layers.Flatten(), layers.Linear(12 * 36, 5))
+
+    for groups in (1, 4):
+        first, second, last = 2 * 2 * 8 * 3 * 9 * 64, 2 * 2 * 12 * 8 // groups * 9 * 36, 2 * 2 * 12 * 36 * 5
+        make = partial(network, groups)
+        assert common.flop_of(make, 2, 3, 10, 10) == first + second + last
+        assert common.flop_of(make, 2, 3, 10, 10, backward=True) == 2 * first + 3 * (second + last)
+
+
+def test_floors_of_whole_steps():
+    """Of MoCo by hand: two encoders of which one learns, and two products with the queue."""
+    module = common.setups()["moco"]
+    network = module.untrained(1)
+    query = common.flop_of(lambda: torch.nn.Sequential(network.encoder, network.head).to("meta"), 32, 1, 8, 8)
+    stem = 2 * 32 * 32 * 9 * 8 * 8
+    assert module.flop_of_a_step(32, 1024, 8) == (3 * query - stem) + query + 4 * 32 * 1024 * 128
+    parameters, works = bench_simclr.work_of("resnet18", 32, 8)
+    assert parameters == sum(p.numel() for p in bench_simclr.untrained("resnet18").parameters())
+    assert works[""] == works["encoder"] + works["loss"] and works["loss"] == 4 * 16**2 * 128
+    assert works["optimizer"] / works["ema"] == 20 / 12 and works["data"] == 2 * 8 * 3 * 32 * 32 * 4
 
 
 TABLE = """
@@ -94,12 +266,14 @@ def compiled():
     seconds = iter((2.1,))  # of the first call, more than a quick run waits for a second one
     return lambda: time.sleep(next(seconds, 0))
 
-table = common.Table("op", "shape", bytes=1e6)
+table = common.Table("op", "shape", bytes=1e6, flop=common.SQUARE)
 table.providers = [
     common.Provider("copy_", lambda: step(1), work=1.0),
     common.Provider("ours", lambda: step(64), work=2.0, error=lambda: 1e-7),
     common.Provider("theirs", too_much),
     common.Provider("compiled", compiled, compiled=True),
+    common.Provider("network", lambda: step(1), work=0.5, floor=common.PRODUCT),
+    common.square_product(),
 ]
 print(json.dumps(common.measure(table, 0.0, quick=True)))
 """
@@ -132,11 +306,14 @@ def test_views_of_torchvision_take_the_place_of_ours_in_training(tmp_path):
 def test_a_table_is_measured(tmp_path):
     command = [sys.executable, "-c", TABLE]  # measure() forks its process, which must not have computed anything
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
-    floor, ours, theirs, compiled = json.loads(output.splitlines()[-1])
+    floor, ours, theirs, compiled, network, product = json.loads(output.splitlines()[-1])
     assert common.timing([1.0, 2.0, 9.0]) == {"ms": 2.0, "ms_p20": 1.4, "ms_p80": pytest.approx(6.2)}  # none is beyond
     assert ours["ms_p20"] <= ours["ms"] <= ours["ms_p80"] and ours["to"] == "copy_" and ours["error"] == 1e-7
     assert ours["ratio"] == pytest.approx(ours["ms"] / floor["ms"]) == pytest.approx(2 * ours["x_floor"])
-    assert ours["gb_per_s"] == pytest.approx(2e6 / ours["ms"] / 1e6)
+    assert ours["gb_per_s"] == pytest.approx(2e6 / ours["ms"] / 1e6) and "tflops" not in ours
+    assert network["x_floor"] == pytest.approx(2 * network["ms"] / product["ms"]) and network["to"] == "copy_"
+    assert network["tflops"] * network["x_floor"] == pytest.approx(product["tflops"])
+    assert "gb_per_s" not in network and "extra_mb" in network and "extra_mb" not in product
     if common.DEVICE == "cpu":
         assert 60 < ours["extra_mb"] < 80
     assert "ms" not in theirs and theirs["provider"] == "theirs"  # the others are measured
@@ -289,6 +466,51 @@ def test_evidence_resumes_the_benches_that_can(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "words, ran",
+    [
+        ("", ["vit_s_16 float32 warm", "vit_s_16 bfloat16 default", "vit_s_16 bfloat16 warm"]),
+        ("--only float32", ["vit_s_16 float32 warm"]),
+        ("--only resnet50", []),
+    ],
+)
+def test_the_bench_of_accelerate_resumes(words, ran, monkeypatch, tmp_path):
+    """It leaves out the rows of this commit, and keeps their curves."""
+    found, losses = [], 3 * [0.5]
+    conditions = common.conditions()
+    monkeypatch.setattr(bench_accelerate, "MODELS", {"vit_s_16": "vit_small_patch16_224"})
+    monkeypatch.setattr(bench_accelerate, "DEVICE", "cpu")
+    monkeypatch.setattr(common, "conditions", lambda: conditions)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "rows.csv")
+    monkeypatch.chdir(tmp_path)
+
+    def child(allocator, what, *given):
+        if what == "bench":
+            name, dtype, batch, pixels = given[:4]
+            found.append(f"{name} {dtype} {allocator}")
+            table = bench_accelerate.table_of(name, dtype, batch, pixels)
+            row = {"op": table.op, "shape": table.shape, "ms": 1.0, "curve": losses}
+            return [row | {"provider": p.name, "dtype": p.dtype} for p in table.providers]
+        return losses if what == "truth" else 1.0
+
+    monkeypatch.setattr(bench_accelerate, "child", child)
+    cut = child("default", "bench", "vit_s_16", "float32", *bench_accelerate.cases(False)[0][2:])
+    rows = [row | {"allocator": "default"} for row in cut]
+    common.save(rows)
+    bench_accelerate.write_curves("vit_s_16", rows)
+    found.clear()
+    monkeypatch.setattr(sys, "argv", ["bench_accelerate", "--resume", *words.split()])
+    bench_accelerate.main()
+    assert found == ran
+    curves = list(csv.reader((tmp_path / "out/accelerate_vit_s_16.csv").open()))
+    assert len(curves) == len(set(map(tuple, curves))) == 1 + (1 + len(ran)) * 2 * 3
+    found.clear()
+    monkeypatch.setattr(sys, "argv", ["bench_accelerate", *words.split()])
+    bench_accelerate.main()
+    assert len(found) == len(ran) + (words != "--only resnet50")
+    assert len(list(csv.reader((tmp_path / "out/accelerate_vit_s_16.csv").open()))) == len(curves)
+
+
+@pytest.mark.parametrize(
     "words, message",
     [
         ("nope", "PART: got 'nope', allowed: tests, sanitize"),
@@ -357,6 +579,63 @@ def test_the_bench_of_ranks_is_of_the_cpu(tmp_path):
     assert json.loads(found)["gather"]["ms"] > 0 and common.cpu_name() in device
 
 
+# ---- the peers
+
+# By the package that is imported: what the README calls it.
+PEERS = {"info_nce": "info-nce-pytorch", "pytorch_metric_learning": "pytorch-metric-learning", "inf_cl": "inf-cl"}
+PEERS |= {"ema_pytorch": "ema-pytorch", "sklearn": "scikit-learn", "liger_kernel": "Liger"}
+
+
+def test_every_peer_is_in_the_readme():
+    own = {"torch", "ssl_fast", "benches", "pytest", "matplotlib", "triton", *sys.stdlib_module_names}
+    found = set()
+    for path in (ROOT / "benches").glob("bench_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            found |= {module.split(".")[0] for module in modules} - own
+    assert {"lightly", "inf_cl", "memeff", "liger_kernel", "apex", "ema_pytorch", "timm"} <= found
+    line = plot.README.read_text().split("\nPeers have rows")[1].split("\n\n")[0]
+    assert all(re.search(rf"\b{PEERS.get(peer, peer)}\b", line) for peer in found), sorted(found)
+
+
+def test_blockwise_peers_are_offered_on_a_gpu_alone(monkeypatch):
+    """And give the loss of CLIP, as they define theirs."""
+    from torch.nn import functional as F
+
+    def cal_flash_loss(q, k, labels=None, scale=None, head_dim=256):  # a loss a row, of one direction
+        assert q.shape[1] % head_dim == 0
+        return F.cross_entropy(scale * q @ k.T, torch.arange(len(q)), reduction="none")
+
+    class MemoryEfficientCLIPLoss:
+        def __init__(self, temperature, normalized_inputs=False, stable=True):
+            assert normalized_inputs and not stable
+            self.temperature = temperature
+
+        def __call__(self, x, y):
+            ways = cal_flash_loss(x, y, scale=1 / self.temperature, head_dim=1), cal_flash_loss(y, x, None, 1 / 0.07, 1)
+            return sum(ways).mean() / 2
+
+    monkeypatch.setitem(sys.modules, "inf_cl", SimpleNamespace(cal_flash_loss=cal_flash_loss))
+    memeff = SimpleNamespace(MemoryEfficientCLIPLoss=MemoryEfficientCLIPLoss)
+    monkeypatch.setitem(sys.modules, "memeff", memeff)
+    monkeypatch.setattr(bench_info_nce, "DEVICE", "cpu")
+    assert not {"inf-cl", "memeff"} & bench_info_nce.clip_losses().keys()
+    monkeypatch.setattr(bench_info_nce, "DEVICE", "cuda")
+    losses = bench_info_nce.clip_losses()
+    for width in (64, 512):
+        a, b = (F.normalize(torch.randn(9, width)) for _ in range(2))
+        for name in ("inf-cl", "memeff"):
+            torch.testing.assert_close(losses[name](a, b), bench_info_nce.dense_clip(a, b))
+
+
+def test_ema_pytorch_averages_as_ours_does():
+    pytest.importorskip("ema_pytorch")
+    table = common.setups()["ema"].setup("tiny", 1, "float32")
+    (peer,) = (provider for provider in table.providers if provider.name == "ema-pytorch")
+    assert peer.error() < 1e-6
+
+
 # ---- the README
 
 
@@ -378,6 +657,31 @@ def test_the_readme_shows_what_was_measured():
     assert wrong != readme != plot.updated(wrong + " ") and plot.updated(wrong) == readme
 
 
+def test_the_flop_of_norms_is_what_the_page_adds_up():
+    """Which the roofline takes."""
+    page = plot.KERNELS.read_text()
+    sums = re.findall(r"(batch_norm|BN\+ReLU|layer_norm|instance_norm)[^:]*: ((?:\d+ \+ )+\d+) = (\d+)", page)
+    assert {op: int(total) for op, _, total in sums} == {k: v for k, v in plot.FLOP_OF_A_NUMBER.items() if k != "ema"}
+    assert all(sum(map(int, terms.split(" + "))) == int(total) for _, terms, total in sums)
+    table = {line.split()[1]: line.split("|")[2] for line in page.splitlines() if line.endswith("copies |")}
+    for op in ("batch_norm", "layer_norm", "instance_norm"):
+        assert f" {plot.FLOP_OF_A_NUMBER[op]} a number" in table[op]
+    row = {"op": "batch_norm", "dtype": "float32", "gb_per_s": "40"}
+    assert plot.roof_point(row | {"shape": "BN+add+ReLU"}) == (0.5, 0.02)
+    assert plot.roof_point(row | {"shape": "rows BN+ReLU"})[0] == 23 / 8 / 4
+
+
+def test_every_picture_is_on_a_page():
+    """And every page has its pictures."""
+    linked = set()
+    for page in (plot.README, *plot.DOCS.glob("*.md")):
+        for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
+            assert (page.parent / target).is_file(), f"{page.name} shows {target}, which is not there"
+            linked.add((page.parent / target).name)
+    pictures = {path.name for path in plot.DOCS.iterdir() if path.suffix in (".png", ".svg")}
+    assert "simclr_profile.png" in pictures and pictures <= linked, pictures - linked
+
+
 def test_no_number_of_the_readme_stands_outside_of_the_tables():
     tables, text = measured_section()
     assert tables.count("\n|") > 100
@@ -397,6 +701,21 @@ def test_figures_of_the_tables_are_in_the_csv():
     cells = {cell for row in csv.reader(common.RESULTS.open()) for cell in row}
     shown = [line.split("|")[5].strip() for line in plot.loss_block().splitlines() if line.startswith("| NT-Xent")]
     assert shown and set(shown) <= cells | {"out of memory"}
+
+
+def test_pages_leave_out_the_floors_of_whole_steps(monkeypatch, tmp_path):
+    rows = list(csv.DictReader(common.RESULTS.open()))
+    steps = [row for row in rows if row["op"] in ("simclr", "simclr encoder", "moco", "conv_bn")]
+    floors = [row | {"provider": common.PRODUCT, "dtype": "other", "x_floor": "1", "ratio": "0.01"} for row in steps]
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "rows.csv")
+    with common.RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows + floors)
+    readme = plot.README.read_text()
+    assert plot.updated(readme) == readme
+    assert (plot.DOCS / "simclr.svg").exists() and plot.draw(tmp_path)
+    assert f">{common.PRODUCT}<" not in (tmp_path / "simclr.svg").read_text()
 
 
 def test_pictures_come_out_the_same(tmp_path):

@@ -340,7 +340,9 @@ def others(rank: int, world: int) -> dict[str, Any]:
         found["outside"] = message(lambda: nt_xent(z, z, group=pair))
     rows = nt_xent(z, z.flip(0), gather_distributed=True, reduction="none", return_lse=True)
     found["rows"] = [x.detach() for x in rows]
+    torch.manual_seed(rank)  # as those may who want other augmentations on each
     bank = NTXentLoss(0.1, memory_bank_size=(7, 4), gather_distributed=True)
+    found["bank before"] = bank.memory_bank.keys.clone()
     with torch.no_grad():
         bank.memory_bank.keys.copy_(torch.ones(7, 4))
     uneven = z[: rank % 3].requires_grad_()
@@ -349,6 +351,15 @@ def others(rank: int, world: int) -> dict[str, Any]:
     found["bank pointer"] = bank.memory_bank.pointer.item()
     found["empty"] = message(lambda: nt_xent(z[:0], z[:0], gather_distributed=True))
     found["width"] = message(lambda: nt_xent(z[:, : 3 + rank % 2], z[:, : 3 + rank % 2], gather_distributed=True))
+    trained = z.clone().requires_grad_()
+    some = trained if rank else z[:0]
+    found["gradient"] = message(lambda: nt_xent(some, some, gather_distributed=True))
+    ids = None if rank else torch.arange(3)
+    found["ids"] = message(lambda: nt_xent(trained, trained, gather_distributed=True, group_ids=ids))
+    way = "gather" if rank else "ring"
+    found["way"] = message(lambda: nt_xent(trained, trained, gather_distributed=True, strategy=way))
+    keys = trained if rank else z
+    found["keys"] = message(lambda: info_nce(trained, keys, gather_distributed=True, in_batch=True))
     mixed = z.double() if rank else z
     found["dtype"] = message(lambda: clip(mixed, mixed, 10.0, gather_distributed=True))
     found["world size"] = message(lambda: CLIPLoss(world_size=world + 1)(z, z, 10.0))
@@ -469,7 +480,13 @@ def test_groups_queues_and_errors(processes):
     expected = torch.cat([F.normalize(keys), torch.ones(7 - len(keys), 4)])
     loss = info_nce(keys, keys, torch.ones(7, 4), 0.1)
     torch.testing.assert_close(torch.stack([f["bank loss"] for f in found]).mean(), loss)
+    rest = list(range(1, world))
     for f in found:
+        assert torch.equal(f["bank before"], found[0]["bank before"])
+        assert f["gradient"].startswith(f"ValueError: requires_grad: got it on ranks {rest} of 0 to {world - 1} alone")
+        assert f["ids"].startswith("ValueError: group_ids: got it on ranks [0] of")
+        assert f["way"].startswith("ValueError: strategy='ring': got it on ranks [0] of")
+        assert f["keys"].startswith(f"ValueError: keys_require_grad: got it on ranks {rest} of")
         torch.testing.assert_close(f["bank"], expected)
         assert f["bank pointer"] == len(keys)
         assert f["empty"].startswith(f"ValueError: embeddings: got an empty batch on all {world} processes")

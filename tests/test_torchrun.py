@@ -112,6 +112,20 @@ def test_several_processes_train_as_one_and_go_on_as_any_number(tmp_path):
             assert [loss for _, loss in losses(folder / to)] == pytest.approx([x for _, x in unbroken], rel=2e-5)
 
 
+def unused(rank: int, world: int) -> None:
+    encoder = model()
+    encoder.classifier = nn.Linear(3, 3)
+    encoder.forward = lambda x: nn.Sequential(*list(encoder)[:-1])(x)
+    with pytest.raises(
+        ValueError, match=r"model: got parameters that its output does not depend on \(encoder.classifi"
+    ):
+        plain("unused", model=encoder, epochs=1, batch_size=128, knn_every=0)
+
+
+def test_parameters_that_nothing_depends_on_are_named(tmp_path):
+    finish(start_group(2, tmp_path, unused))
+
+
 def exact(rank: int, world: int) -> None:
     settings = {**MOCO, "K": 720, "batch_size": 360, "keep_every": 1, "epochs": 2, "knn_every": 0}
     del settings["norm"]

@@ -371,3 +371,12 @@ def test_generator_states_survive_a_safe_load(tmp_path):
     set_rng_state(read_checkpoint(tmp_path / "last.pt")["rng"])
     assert torch.equal(drawn[0], torch.rand(3)) and (drawn[1] == np.random.rand(3)).all()
     assert drawn[2] == __import__("random").random()
+
+
+def test_another_optimizer_learns_biases_at_its_own_rate(tmp_path):
+    """0.024 is of LARS, in the paper of Barlow Twins."""
+    settings = {"method": "barlow_twins", "model": "convnet", "dim": 8, "epochs": 1, "batch_size": 720, "knn_every": 0}
+    for optimizer, share in (("lars", 0.024), ("adamw", 1.0)):
+        train(tmp_path / optimizer, optimizer=optimizer, **settings)
+        saved = read_checkpoint(tmp_path / optimizer / "checkpoints/last.pt")["optimizer"]["param_groups"]
+        assert {round(group["lr"] / saved[0]["lr"], 6) for group in saved} == {1.0, share}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_fast._distributed import Strategy, count_processes, processes, share
+from ssl_fast._op import records
 from ssl_fast.ops import _losses
 from ssl_fast.ops._losses import Reduction, accumulator, positive, to_rows
 from ssl_fast.ops.info_nce import _AcrossRanks, _LogSumExp, matches
@@ -68,7 +69,11 @@ def clip(
     _losses.check_per_row("sample_weight", sample_weight, N, image.device, integer=False)
     t = _losses.check_temperature(_inverse(logit_scale, image), image)
 
-    ranks = share(image, group, strategy)
+    ranks = share(
+        image, group, strategy, requires_grad=records(image, text, t), text_requires_grad=records(text),
+        group_ids=group_ids is not None, tau_plus=bool(tau_plus), sample_weight=sample_weight is not None,
+        label_smoothing=bool(label_smoothing),
+    )  # fmt: skip
     if ranks is None:
         *lses, pos = _LogSumExp.apply(image, text, t, group_ids, group_ids, 0, normalize, True, True)
     else:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_fast._distributed import Ranks, Strategy, processes, share
-from ssl_fast._op import HALF_AND_FLOAT, Op
+from ssl_fast._op import HALF_AND_FLOAT, Op, records
 from ssl_fast.ops import _losses
 from ssl_fast.ops._losses import Reduction, accumulator, differentiable_once, positive, tangent, to_rows
 from ssl_fast.ops.info_nce import (
@@ -326,7 +326,9 @@ def sup_con(
         labels = labels.repeat_interleave(views)
         sample_weight = None if sample_weight is None else sample_weight.repeat_interleave(views)
 
-    ranks = share(z, group, strategy)
+    ranks = share(
+        z, group, strategy, requires_grad=records(z, t), decoupled=decoupled, sample_weight=sample_weight is not None
+    )
     if of_images and ranks is not None:
         labels = labels + ranks.first // views
     if ranks is None and not decoupled:

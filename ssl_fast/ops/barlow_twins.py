@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_fast._distributed import Ranks, Strategy, check_strategy, processes, share
-from ssl_fast._op import Op
+from ssl_fast._op import Op, records
 from ssl_fast.ops import _losses
 from ssl_fast.ops._losses import accumulator, differentiable_once
 from ssl_fast.ops.batch_norm import batch_norm
@@ -98,7 +98,7 @@ def _rows_reference(
         total += products.sum()
         if symmetric:  # what lies above the diagonal stands for what lies below
             total += products[:, rows.stop - rows.start :].sum()
-    return total.to(accumulator(a)), da, db
+    return total, da, db
 
 
 def _columns_reference(
@@ -116,16 +116,16 @@ def _columns_reference(
             _add_product(dx[:, columns].T, C, y.T, 2 * weight * scale)
             _add_product(dy.T, C.T, x[:, columns].T, 2 * weight * scale)
         total += C.mul_(C).sum()
-    return total.to(accumulator(x)), dx, dy
+    return total, dx, dy
 
 
 def _fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     like = [z.new_empty(z.shape if rest[-1] else (0,), dtype=accumulator(z)) for z in (x, y)]
-    return x.new_empty((), dtype=accumulator(x)), like[0], like[1]
+    return x.new_empty((), dtype=torch.float64), like[0], like[1]
 
 
-# ---- operators: the sum of squares, and with `gradients` those of `weight` times it and of C's diagonal, whose entry d
-# has the derivative on_diagonal[d] / scale
+# ---- operators: the sum of squares, in fp64 as others are to be taken from it, and with `gradients` those of `weight`
+# times it and of C's diagonal, whose entry d has the derivative on_diagonal[d] / scale
 
 barlow_twins_rows = Op(
     "barlow_twins_rows(Tensor a, Tensor b, Tensor? x, Tensor? y, Tensor? on_diagonal, float scale, float weight, "
@@ -150,21 +150,30 @@ class _BarlowTwins(torch.autograd.Function):
 
     By rows a process multiplies its own rows with everyone's, and owns their gradient. By columns each takes a share of
     C's rows, from all rows gathered, and gradients are reduce-scattered.
+
+    a and b are in the dtype of sums, and C's diagonal is theirs: where the views are near each other, 1 - C_dd is far
+    smaller than what rounding to 16 bits would make of it. `dtype` is that of the products on a GPU.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, lambda_param: float, ranks: Ranks | None, gradients: bool) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, lambda_param: float, ranks: Ranks | None, gradients: bool, dtype: torch.dtype
+    ) -> Tensor:
         N, D = (len(a) if ranks is None else ranks.total), a.shape[1]
         by_rows = D >= 2 * N or (ranks is not None and ranks.strategy == "ring")
-        diagonal = a.new_zeros(D, dtype=accumulator(a))
+        diagonal = a.new_zeros(D, dtype=torch.float64)
         for rows in _pieces(len(a), D):
-            diagonal += (a[rows].to(diagonal.dtype) * b[rows]).sum(0)
+            diagonal += (a[rows] * b[rows]).sum(0, dtype=torch.float64)
         if ranks is not None:
             diagonal = ranks.all_reduce(diagonal)
         diagonal = diagonal / N
+        inputs = a, b
+        if a.is_cuda:
+            a, b = a.to(dtype), b.to(dtype)
         on_diagonal = None
         if gradients:
             on_diagonal = 2 / N * (diagonal - 1 - (lambda_param * diagonal if by_rows else 0))
+            on_diagonal = on_diagonal.to(inputs[0].dtype)
         options = (1 / N, lambda_param, gradients)
         if ranks is None and by_rows:
             squares, da, db = barlow_twins_rows(a, b, None, None, on_diagonal, *options)
@@ -198,17 +207,17 @@ class _BarlowTwins(torch.autograd.Function):
         if by_rows:
             squares = squares - diagonal.square().sum()
         if gradients:
-            ctx.save_for_backward(da, db, a, b)  # the inputs for what would differentiate twice
+            ctx.save_for_backward(da, db, *inputs)  # for what would differentiate twice
             ctx.ranks = ranks
-        return (1 - diagonal).square().sum() + lambda_param * squares
+        return ((1 - diagonal).square().sum() + lambda_param * squares).to(inputs[0].dtype)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.ranks is not None:
             grad = ctx.ranks.all_reduce(grad)
-        da, db, a, b = ctx.saved_tensors
-        return (da * grad).to(a.dtype), (db * grad).to(b.dtype), None, None, None
+        da, db, *_ = ctx.saved_tensors
+        return da * grad, db * grad, None, None, None, None
 
 
 def _share(D: int, ranks: Ranks) -> slice:
@@ -256,16 +265,17 @@ def barlow_twins(
     group = processes(gather_distributed, group, strategy)
     z_a, z_b = _losses.check_embeddings("z_a", z_a, "z_b", z_b, empty=group is not None)
     check_weights(lambda_param, eps)
-    ranks = share(z_a, group, strategy)
+    ranks = share(z_a, group, strategy, requires_grad=records(z_a, z_b))
     rows = len(z_a) if ranks is None else ranks.total
     if rows < 2:
         raise ValueError(f"z_a: got {rows} row, allowed: at least 2 to standardise over; use a larger batch")
+    of_both = (z.to(accumulator(z)) for z in (z_a, z_b))
     if ranks is None:
-        a, b = (batch_norm(z, None, None, training=True, eps=eps) for z in (z_a, z_b))
+        a, b = (batch_norm(z, None, None, training=True, eps=eps) for z in of_both)
     else:
-        a, b = (sync_batch_norm(z, ranks.group, eps) for z in (z_a, z_b))
-    gradients = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    return _BarlowTwins.apply(a, b, float(lambda_param), ranks, gradients)
+        with ranks.answered():
+            a, b = (sync_batch_norm(z, ranks.group, eps) for z in of_both)
+    return _BarlowTwins.apply(a, b, float(lambda_param), ranks, records(a, b), z_a.dtype)
 
 
 def check_weights(lambda_param: object, eps: object = 1e-5) -> None:

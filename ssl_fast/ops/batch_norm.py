@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_fast._op import HALF_AND_FLOAT, Op, transforming
+from ssl_fast._op import HALF_AND_FLOAT, Op, records, transforming
 
 # As the kernels number them.
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4}
@@ -65,15 +65,6 @@ def like(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 # ---- what costs a small call as much as its arithmetic
-
-
-def records(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is done with tensors."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
 
 
 def shaped(gradient: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

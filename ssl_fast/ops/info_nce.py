@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_fast._distributed import Ranks, Strategy, processes, share
-from ssl_fast._op import HALF_AND_FLOAT, Op
+from ssl_fast._op import HALF_AND_FLOAT, Op, records
 from ssl_fast.ops import _losses
 from ssl_fast.ops._losses import Reduction, accumulator, differentiable_once, positive, tangent, to_rows
 
@@ -478,7 +478,11 @@ def info_nce(
     if negative_group_ids is not None and negative_keys is None:
         raise ValueError("negative_group_ids: got ids without negative_keys, allowed: the ids of negative_keys")
 
-    ranks = share(query, group, strategy)
+    ranks = share(
+        query, group, strategy, requires_grad=records(query, positive_key, t), keys_require_grad=records(positive_key),
+        in_batch=in_batch, group_ids=group_ids is not None, sample_weight=sample_weight is not None,
+        label_smoothing=bool(label_smoothing),
+    )  # fmt: skip
     pos = (to_rows(query, normalize) * to_rows(positive_key, normalize)).sum(1)
     lses: list[Tensor] = []
     negatives: int | Tensor = 0

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_fast._op import HALF_AND_FLOAT, Op, autocast_dtype, transforming
+from ssl_fast._op import HALF_AND_FLOAT, Op, autocast_dtype, records, transforming
 from ssl_fast.ops.batch_norm import (
     ACTIVATIONS,
     BY_SIGN,
@@ -32,7 +32,6 @@ from ssl_fast.ops.batch_norm import (
     dense,
     like,
     parameter,
-    records,
     shaped,
 )
 

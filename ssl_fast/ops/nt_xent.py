@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_fast._distributed import Strategy, check_strategy, processes, share
-from ssl_fast._op import HALF_AND_FLOAT, Op
+from ssl_fast._op import HALF_AND_FLOAT, Op, records
 from ssl_fast.ops import _losses
 from ssl_fast.ops._info_nce_sup_con import log_sum_exp_of_others
 from ssl_fast.ops._losses import REDUCTIONS, Reduction, accumulator, differentiable_once, positive, tangent, to_rows
@@ -231,7 +231,10 @@ def nt_xent(
         group_ids = _losses.check_per_row("group_ids", group_ids, N, device, integer=True)
         _losses.check_per_row("sample_weight", sample_weight, N, device, integer=False)
         z = torch.cat([z1, z2])
-        ranks = share(z, group, strategy)
+        ranks = share(
+            z, group, strategy, requires_grad=records(z1, z2, t), group_ids=group_ids is not None,
+            sample_weight=sample_weight is not None, label_smoothing=bool(label_smoothing),
+        )  # fmt: skip
         first, rows = (0, 2 * N) if ranks is None else (ranks.first // 2, ranks.total)
         ids = (torch.arange(first, first + N, device=device) if group_ids is None else group_ids).repeat(2)
         lse_neg = log_sum_exp_of_others(z, ids, t, normalize=normalize, ranks=ranks)
