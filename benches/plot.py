@@ -367,7 +367,10 @@ def roof_point(row: dict[str, str]) -> tuple[float, float]:
 
 def draw_roofline(rows: Rows, path: Path) -> None:
     """Ours and plain PyTorch's forward and backward passes in fp32 under the two roofs: the largest shape of each op,
-    with the better of the allocators."""
+    with the better of the allocators; of devices that have rows of both."""
+    copied = {r["device"] for r in rows if r["provider"] in FLOORS and r["gb_per_s"]}
+    multiplied = {r["device"] for r in rows if r["provider"] == common.PRODUCT and r["tflops"]}
+    rows = [r for r in rows if r["device"] in copied & multiplied]
     figure, axes = canvas(1, len(devices(rows)), size=(7 * len(devices(rows)), 4.5))
     kinds = {"ssl_fast": "o", "ssl_fast EMA": "o", "dense PyTorch": "x", "eager": "x", "mul_ add_": "x"}
     kinds["mm + cat + cross_entropy"] = "x"
@@ -451,7 +454,7 @@ def draw(folder: Path) -> list[Path]:
     drawn = []
     pictures: dict[str, tuple[Callable[[Rows, Path], None], tuple[str, ...]]] = {
         "nt_xent.svg": (draw_nt_xent, ("nt_xent",)),
-        "roofline.svg": (draw_roofline, (*LOSSES, *NORMS, "ema")),
+        "roofline.svg": (draw_roofline, ("nt_xent", "info_nce", "clip", "sup_con", *NORMS, "ema")),
         "simclr.svg": (draw_simclr, ("simclr", *(f"simclr {part}" for part in PARTS))),
     }
     for name, (picture, ops) in pictures.items():

@@ -535,6 +535,7 @@ class Popen(subprocess.Popen):
 
 subprocess.Popen = Popen
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored
 print(run_group(["sh", "-c", "trap '' TERM; sleep 60 & echo $!; trap - TERM; sleep 60"]))
 """
 
