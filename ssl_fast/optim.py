@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -70,22 +70,32 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            buffers = []
-            for p in params:
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffers.append(state["momentum_buffer"])
-            updates = list(torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"]))
-            if group["adapt"]:
-                torch._foreach_mul_(updates, _trust_ratios(params, updates, group["eta"]))  # type: ignore[arg-type]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, updates, alpha=group["lr"])
-            torch._foreach_sub_(params, buffers)
+            for params in _runs([p for p in group["params"] if p.grad is not None]):
+                buffers, gradients = [], [p.grad for p in params if p.grad is not None]
+                for p in params:
+                    state = self.state[p]
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(p)
+                    buffers.append(state["momentum_buffer"])
+                updates = list(torch._foreach_add(gradients, params, alpha=group["weight_decay"]))
+                if group["adapt"]:
+                    torch._foreach_mul_(updates, _trust_ratios(params, updates, group["eta"]))  # type: ignore[arg-type]
+                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_add_(buffers, updates, alpha=group["lr"])
+                torch._foreach_sub_(params, buffers)
         return loss
+
+
+def _runs(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """On GPUs all tensors, in few launches; on a CPU so many as a cache holds from their norms to their update."""
+    run: list[Tensor] = []
+    for p in params:
+        if run and not p.is_cuda and sum(map(torch.numel, run)) + p.numel() > 1 << 18:
+            yield run
+            run = []
+        run.append(p)
+    if run:
+        yield run
 
 
 def _trust_ratios(params: list[Tensor], updates: list[Tensor], eta: float) -> list[Tensor]:
