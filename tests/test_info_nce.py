@@ -769,3 +769,26 @@ def test_memory_is_linear_in_the_batch():
     for line in result.stdout.splitlines():
         backend, name, points, exponent = json.loads(line)
         assert exponent > 1.7 if name == "dense" else exponent < 1.35, (backend, name, points, exponent)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_rows_without_a_negative_in_any_source_have_no_gradient(learned):
+    q, k, n = (torch.randn(rows, 5, device=DEVICE, requires_grad=True) for rows in (4, 4, 3))
+    t = torch.tensor(0.2, device=DEVICE, requires_grad=True)
+    same = {"group_ids": torch.zeros(4).long(), "negative_group_ids": torch.zeros(3).long()}
+    same = {name: ids.to(DEVICE) for name, ids in same.items()}
+    loss = info_nce(q, k, n if learned else n.detach(), t, in_batch=True, **same)
+    loss.backward()
+    assert loss == 0
+    for x in (q, k, t, n) if learned else (q, k, t):
+        assert x.grad is None or not x.grad.any()
+
+
+def test_debiased_losses_do_not_hide_nan():
+    q, k, n = (torch.randn(rows, 5, device=DEVICE) for rows in (4, 4, 3))
+    below = torch.tensor(-0.1, device=DEVICE)
+    assert info_nce(q, k, n, below, tau_plus=0.1).isnan()
+    assert nt_xent(q, k, below.clamp(min=0), tau_plus=0.1).isnan()
+    assert clip(q, k, 1 / below, tau_plus=0.1).isnan()
+    n[1] = torch.nan
+    assert info_nce(q, k, n, 0.1, tau_plus=0.1).isnan()

@@ -547,8 +547,10 @@ def info_nce(
         )
 
     lse = lses[0]
-    for other in lses[1:]:
-        lse = torch.logaddexp(lse, other)
+    for other in lses[1:]:  # both are -inf where a row sees no negative in either, and have no gradient there
+        none = (lse == -torch.inf) & (other == -torch.inf)
+        both = torch.logaddexp(lse.masked_fill(none, 0), other.masked_fill(none, 0))
+        lse = both.masked_fill(none, -torch.inf)
     scaled = pos / positive(t)
     loss = _losses.row_loss(
         lse - scaled, pos, temperature=t, negatives=negatives, decoupled=decoupled, tau_plus=tau_plus,
