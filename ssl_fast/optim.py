@@ -89,10 +89,12 @@ class LARS(torch.optim.Optimizer):
 def _runs(params: list[Tensor]) -> Iterator[list[Tensor]]:
     """On GPUs all tensors, in few launches; on a CPU so many as a cache holds from their norms to their update."""
     run: list[Tensor] = []
+    numbers = 0
     for p in params:
-        if run and not p.is_cuda and sum(map(torch.numel, run)) + p.numel() > 1 << 18:
+        numbers += p.numel()
+        if run and not p.is_cuda and numbers > 1 << 18:
             yield run
-            run = []
+            run, numbers = [], p.numel()
         run.append(p)
     if run:
         yield run
