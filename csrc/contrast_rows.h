@@ -246,13 +246,13 @@ struct RowSums {
   std::vector<float> max, sum, moment;
 };
 
-// Sums over j of W_ij z_j, (rows, ld) of each block. fp32 gradients accumulate where they are returned. 16-bit ones need
-// fp32 room, and the bf16 engine whole blocks of it; a block's room is freed once its gradient is written.
+// Sums over j of W_ij z_j, (rows, ld) of each block. fp32 gradients accumulate where they are returned, unless the bf16
+// engine needs whole blocks. Else they need fp32 room; a block's is freed once its gradient is written.
 class Gradient {
  public:
   Gradient(const Engine& engine, const Blocks& blocks, const Tensor& out)
       : ld(engine.bf16 ? round_up(out.size(1), 32) : out.size(1)),
-        in_place_(out.scalar_type() == ScalarType::Float),
+        in_place_(out.scalar_type() == ScalarType::Float && !engine.bf16),
         room_(blocks.count),
         block_(blocks.count) {
     for (int64_t b = 0; b < blocks.count; ++b) {

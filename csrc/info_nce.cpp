@@ -204,12 +204,6 @@ void check_stats(const Tensor& stats, int64_t rows, int64_t n, const char* name)
                   name, " (native CPU): got another shape, dtype or device, allowed: what the forward returned");
 }
 
-Tensor gradient_of(const Tensor& x) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return empty({x.size(0), x.size(1)}, dtype);
-}
-
 // The operands of the products of a pair: packed for the bf16 engine, in fp32 read afresh into the scratch behind `work`.
 class ProductOperands {
  public:
@@ -271,7 +265,7 @@ std::tuple<Tensor, Tensor> info_nce_bwd(Tensor grad_lse, std::optional<Tensor> g
   if (grad_column_lse) check_stats(of_columns, 4, p.k, "of_columns");
   const LeftOut left_out(x_ids, y_ids, diagonal, p.n, p.k);
   const Weights rows(p, grad_lse, of_rows, p.n), columns(p, grad_column_lse, of_columns, p.k);
-  const Tensor out_x = gradient_of(x), out_y = gradient_of(y);
+  const Tensor out_x = empty({p.n, p.dims}), out_y = empty({p.k, p.dims});
   Gradient dx(p.engine, p.x.blocks, out_x), dy(p.engine, p.y.blocks, out_y);
   {
     const ProductOperands operands(p, p.x, p.y, Packed::kLeft | Packed::kProduct);
@@ -467,7 +461,7 @@ Tensor sup_con_bwd(Tensor grad_lse, std::optional<Tensor> grad_positives, Tensor
     const RowValues h(*grad_positives, p.n, "grad_positives");
     for (int64_t i = 0; i < p.n; ++i) positive[i] = h[i];
   }
-  const Tensor out = gradient_of(z);
+  const Tensor out = empty({p.n, p.dims});
   Gradient dz(p.engine, p.x.blocks, out);
   {
     const ProductOperands operands(p, p.x, p.x, Packed::kLeft);

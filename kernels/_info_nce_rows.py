@@ -286,7 +286,7 @@ def _finish_kernel(
         if NORMALIZE:
             x = tl.load(x_ptr + n * stride_n + d * stride_d, mask, other=0.0).to(tl.float32)
             dx = (dx - radial * (x * inverse)) * inverse
-        tl.store(dx_ptr + n * D + d, rounded(dx * factor, dx_ptr.dtype.element_ty), mask)
+        tl.store(dx_ptr + n * D + d, dx * factor, mask)
 
 
 def prepare(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -313,9 +313,9 @@ def weights(grad: Tensor, stats: Tensor, scale: Tensor | None) -> tuple[Tensor, 
 
 
 def finish(acc: Tensor, x: Tensor, norm: Tensor, scale: Tensor | None, temperature: Tensor, normalize: bool) -> Tensor:
-    """The gradient (N, D) for x in its dtype from that for xhat times t and scale, (NP, DP)."""
+    """The gradient (N, D) for x, fp32, from that for xhat times t and scale, (NP, DP)."""
     N, D = x.shape
-    dx = x.new_empty(N, D)
+    dx = acc.new_empty(N, D)
     blocks = row_blocks(D)
     _finish_kernel[(triton.cdiv(N, blocks["BLOCK_N"]),)](
         acc, x, norm, scale, temperature, dx, *x.stride(), N, D, acc.shape[1], NORMALIZE=normalize, **blocks

@@ -250,7 +250,7 @@ def info_nce_bwd(
     grad_lse: Tensor, grad_column_lse: Tensor | None, x: Tensor, y: Tensor, temperature: Tensor, of_rows: Tensor,
     of_columns: Tensor, x_ids: Tensor | None, y_ids: Tensor | None, diagonal: int | None, normalize: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx (N, D), dy (K, D) in x's dtype from the gradients (N,) of the rows' lse, (K,) of the columns' or None, and the
+    """dx (N, D), dy (K, D), fp32, from the gradients (N,) of the rows' lse, (K,) of the columns' or None, and the
     forward's stats."""
     N, K = len(x), len(y)
     hidden = _hidden(N, K, x_ids, y_ids, diagonal)
@@ -354,7 +354,7 @@ def sup_con_bwd(
     grad_lse: Tensor, grad_positives: Tensor | None, z: Tensor, labels: Tensor | None, ids: Tensor | None,
     temperature: Tensor, stats: Tensor, normalize: bool,
 ) -> Tensor:  # fmt: skip
-    """dz (M, D) in z's dtype from the gradients (M,) of lse and of the positives' sums, and the forward's stats."""
+    """dz (M, D), fp32, from the gradients (M,) of lse and of the positives' sums, and the forward's stats."""
     M = len(z)
     kinds = ids if labels is None else labels
     hidden = _hidden(M, M, kinds, kinds, 0)

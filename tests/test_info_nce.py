@@ -250,6 +250,55 @@ def test_confident_classes_keep_their_gradient(backend, dtype):
     )  # fmt: skip
 
 
+def dense_pairs(z1: Tensor, z2: Tensor, t: Tensor) -> Tensor:
+    """NT-Xent's losses (2N,) of rows as they are."""
+    z, pair = torch.cat([z1, z2]), torch.arange(len(z1), device=z1.device).repeat(2)
+    s = z @ z.T / t
+    positives = s.diagonal(len(z1)).repeat(2)
+    return from_logits(positives, s.masked_fill(pair[:, None] == pair, -torch.inf))
+
+
+# What a loss is given in a cone, and whether the keys learn.
+IN_A_CONE = {
+    "clip": (lambda a, b, t: clip(a, b, 1 / t, reduction="none"), dense_clip, True),
+    "info_nce": (
+        lambda a, b, t: info_nce(a, b, None, t, normalize=False, reduction="none"),
+        lambda a, b, t: from_logits(*dense_info_nce(a, b, None, t, in_batch=True, normalize=False)),
+        True,
+    ),
+    "info_nce of given keys": (
+        lambda a, b, t: info_nce(a, b, None, t, normalize=False, reduction="none"),
+        lambda a, b, t: from_logits(*dense_info_nce(a, b, None, t, in_batch=True, normalize=False)),
+        False,
+    ),
+    "nt_xent": (
+        lambda a, b, t: nt_xent(
+            a, b, t, normalize=False, reduction="none", group_ids=torch.arange(len(a), device=a.device)
+        ),
+        dense_pairs,
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("loss", IN_A_CONE)
+def test_a_cone_keeps_its_gradient_in_16_bits(loss, dtype, backend):
+    """Where all rows are nearly one, what the positive adds nearly cancels what the negatives add: rounded before they
+    meet, little of their difference is left."""
+    ours, theirs, learned = IN_A_CONE[loss]
+    cone, a, b = tensors((1, 64), (48, 64), (48, 64), dtype=torch.float64)
+    a, b = (F.normalize(cone + 0.05 * x).detach().to(dtype) for x in (a, b))
+    a, b = a.requires_grad_(), b.requires_grad_(learned)
+    g = torch.full((96 if loss == "nt_xent" else 48,), 1 / 48, device=DEVICE, dtype=torch.float64)
+    with ssl_fast.backend(backend):
+        value = run(lambda *x: ours(*x, torch.tensor(0.1, device=DEVICE)), [a, b], g)
+    truth = run(lambda *x: theirs(*x, 0.1), [x.double().requires_grad_(x.requires_grad) for x in (a, b)], g)
+    for found, wanted in zip(value[1:], truth[1:], strict=True):
+        assert_close(f"gradient of {loss}", found, wanted, None, dtype)
+
+
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's chunks")
 def test_chunks_of_rows_with_triton(monkeypatch):
     """More rows than the chunked paths hold at a time: those of columns, of a gradient for y, and of wide rows."""
@@ -385,6 +434,27 @@ def test_compiled_in_one_graph_with_a_dynamic_batch():
             expected = torch.autograd.grad(losses(q, k, keys, labels, t), (q, k, t))
             actual = torch.autograd.grad(compiled(q, k, keys, labels, t), (q, k, t))
             torch.testing.assert_close(actual, expected)
+
+
+def test_compiled_in_one_graph_where_a_tensor_has_two_places():
+    """torch.compile cannot take one tensor twice into an autograd.Function; users give one as ids of both sides, or as
+    both views."""
+
+    def losses(q, k, n, ids, queue_ids, t):
+        with_ids = {"group_ids": ids}
+        return (
+            clip(q, k, 1 / t, **with_ids) + info_nce(q, k, None, t, **with_ids) + nt_xent(q, k, t, **with_ids)
+            + info_nce(q, k, n, t, negative_group_ids=queue_ids, **with_ids) + info_nce(q, q, q, t)
+            + info_nce(q, k, n, t, in_batch=True, negative_group_ids=ids, **with_ids)
+            + clip(q, q, 1 / t) + nt_xent(q, q, t)
+        )  # fmt: skip
+
+    q, k, n = tensors((6, 8), (6, 8), (6, 8), dtype=torch.float32)
+    ids, queue_ids, t = torch.arange(6) % 4, torch.arange(6) % 5, temperature(0.3, torch.float32)
+    inputs = q, k, n, ids.to(DEVICE), queue_ids.to(DEVICE), t
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(losses(*inputs), (q, k, n, t))
+    torch.testing.assert_close(torch.autograd.grad(compiled(*inputs), (q, k, n, t)), expected)
 
 
 # ---- options

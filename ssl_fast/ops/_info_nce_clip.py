@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssl_fast._distributed import Strategy, count_processes, processes, share
 from ssl_fast._op import records
 from ssl_fast.ops import _losses
-from ssl_fast.ops._losses import Reduction, accumulator, positive, to_rows
+from ssl_fast.ops._losses import Reduction, accumulator, apart, positive, to_rows
 from ssl_fast.ops.info_nce import _AcrossRanks, _LogSumExp, matches
 
 
@@ -74,10 +74,12 @@ def clip(
         group_ids=group_ids is not None, tau_plus=bool(tau_plus), sample_weight=sample_weight is not None,
         label_smoothing=bool(label_smoothing),
     )  # fmt: skip
+    ids, dtype = apart(group_ids, group_ids), image.dtype
     if ranks is None:
-        *lses, pos = _LogSumExp.apply(image, text, t, group_ids, group_ids, 0, normalize, True, True)
+        *lses, pos = _LogSumExp.apply(image, text, t, *ids, 0, normalize, True, True, dtype)
     else:
-        lses = _AcrossRanks.apply(image, text, t, group_ids, group_ids, True, normalize, True, ranks)
+        image, text = to_rows(image, False), to_rows(text, False)
+        lses = _AcrossRanks.apply(image, text, t, *ids, True, normalize, True, ranks, dtype)
         pos = (to_rows(image, normalize) * to_rows(text, normalize)).sum(1)
     others: int | Tensor = (N if ranks is None else ranks.total) - 1
     if group_ids is not None and tau_plus:

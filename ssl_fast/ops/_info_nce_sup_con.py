@@ -74,7 +74,7 @@ def _sup_con_bwd_reference(
         if labels is not None and grad_positives is not None:
             weight += _alike(labels, block) * (grad_positives[block, None] + grad_positives)
         dz[block] = weight @ zhat
-    return (tangent(dz, zhat, z) if normalize else dz).to(z.dtype)
+    return tangent(dz, zhat, z) if normalize else dz
 
 
 # ---- operators
@@ -91,7 +91,7 @@ sup_con_bwd = Op(
     "sup_con_bwd(Tensor grad_lse, Tensor? grad_positives, Tensor z, Tensor? labels, Tensor? ids, Tensor temperature, "
     "Tensor stats, bool normalize) -> Tensor",
     _sup_con_bwd_reference,
-    fake=lambda grad_lse, grad_positives, z, *_: z.new_empty(z.shape),
+    fake=lambda grad_lse, grad_positives, z, *_: z.new_empty(z.shape, dtype=accumulator(z)),
     native={"cpu": HALF_AND_FLOAT},
     triton="ssl_fast.kernels.info_nce:sup_con_bwd",
     decides="z",
@@ -107,8 +107,15 @@ class _SupCon(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, labels: Tensor | None, ids: Tensor | None, temperature: Tensor, normalize: bool
+        ctx: Any,
+        z: Tensor,
+        labels: Tensor | None,
+        ids: Tensor | None,
+        temperature: Tensor,
+        normalize: bool,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.given, z = z.dtype, z.to(dtype)
         ctx.backend, forward = sup_con_fwd.chosen(z)
         ctx.normalize = normalize
         stats = forward(z, labels, ids, temperature, normalize)
@@ -125,9 +132,10 @@ class _SupCon(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             h = None if labels is None else grad_positives
             dz = sup_con_bwd(grad_lse, h, z, labels, ids, temperature, stats, ctx.normalize, backend=ctx.backend)
+            dz = dz.to(ctx.given)
         if ctx.needs_input_grad[3]:
             dt = -(grad_lse * stats[3]).sum() / temperature**2
-        return dz, None, None, dt, None
+        return dz, None, None, dt, None, None
 
 
 class _RingOfOthers(torch.autograd.Function):
@@ -135,7 +143,16 @@ class _RingOfOthers(torch.autograd.Function):
     of the ring meets each pair of ranks once; of two that face each other each takes half of the first one's rows."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, ids: Tensor | None, temperature: Tensor, normalize: bool, ranks: Ranks) -> Tensor:
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        ids: Tensor | None,
+        temperature: Tensor,
+        normalize: bool,
+        ranks: Ranks,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.given, z = z.dtype, z.to(dtype)
         ctx.backend = sup_con_fwd.backend_for(z)
         ctx.normalize, ctx.ranks = normalize, ranks
         t = positive(temperature)
@@ -188,7 +205,7 @@ class _RingOfOthers(torch.autograd.Function):
             (owed,) = ctx.ranks.ring([z, ids, grad_lse, of_rows.T], visit, None, ctx.ranks.world // 2 + 1)
             dz += owed
         dt = -(grad_lse * of_rows[3]).sum() / temperature**2
-        return dz.to(z.dtype), None, dt, None, None
+        return dz.to(ctx.given), None, dt, None, None, None
 
 
 def _half(ranks: Ranks, ahead: int) -> tuple[slice, slice]:
@@ -245,15 +262,22 @@ def _sums_of_label(labels: Tensor, y: Tensor, y_labels: Tensor) -> Tensor:
 
 
 def log_sum_exp_of_others(
-    z: Tensor, ids: Tensor | None, temperature: Tensor, *, normalize: bool = True, ranks: Ranks | None = None
+    z: Tensor,
+    ids: Tensor | None,
+    temperature: Tensor,
+    *,
+    normalize: bool = True,
+    ranks: Ranks | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """(M,) log of the sum of exp(z_i . z_j / t) over the rows j, on all ranks, whose ids differ from row i's; None:
-    over all but i. S is symmetric."""
+    over all but i. S is symmetric; products are in `dtype`, z's where None."""
+    dtype = dtype or z.dtype
     if ranks is None:
-        return _SupCon.apply(z, None, ids, temperature, normalize)[0]
+        return _SupCon.apply(z, None, ids, temperature, normalize, dtype)[0]
     if ranks.strategy == "ring":
-        return _RingOfOthers.apply(z, ids, temperature, normalize, ranks)
-    return _AcrossRanks.apply(z, z, temperature, ids, ids, ids is None, normalize, False, ranks)[0]
+        return _RingOfOthers.apply(z, ids, temperature, normalize, ranks, dtype)
+    return _AcrossRanks.apply(z, z, temperature, ids, ids, ids is None, normalize, False, ranks, dtype)[0]
 
 
 # ---- function
@@ -332,7 +356,7 @@ def sup_con(
     if of_images and ranks is not None:
         labels = labels + ranks.first // views
     if ranks is None and not decoupled:
-        lse, positives, count = _SupCon.apply(z, labels, None, t, normalize)
+        lse, positives, count = _SupCon.apply(z, labels, None, t, normalize, z.dtype)
     else:
         # In the dtype of sums: the positives' share of the gradient nearly cancels that of their softmax.
         z = to_rows(z, normalize)

@@ -10,7 +10,7 @@ import functools
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ssl_fast._op import HALF_AND_FLOAT, autocast_dtype
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as ATen numbers them
+_Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
 DTYPES = (*HALF_AND_FLOAT, torch.float64)
 
 
@@ -178,7 +179,12 @@ def check_embeddings(
         cast1, cast2 = (z if z.dtype == torch.float64 else z.to(low) for z in (z1, z2))
     if cast1.dtype != cast2.dtype:
         raise TypeError(f"{name2}: got {z2.dtype}, allowed: the dtype of {name1}, {z1.dtype}; cast one of them")
-    return cast1, cast2
+    return apart(cast1, cast2)
+
+
+def apart(a: _Maybe, b: _Maybe) -> tuple[_Maybe, _Maybe]:
+    """b as a tensor of its own where it is a: torch.compile takes no tensor twice into an autograd.Function."""
+    return a, b.view_as(b) if b is a and b is not None else b
 
 
 # Below this exp2's scale, log2(e) / t, is no longer finite in fp32.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ssl_fast._distributed import Ranks, Strategy, processes, share
 from ssl_fast._op import HALF_AND_FLOAT, Op, records
 from ssl_fast.ops import _losses
-from ssl_fast.ops._losses import Reduction, accumulator, differentiable_once, positive, tangent, to_rows
+from ssl_fast.ops._losses import Reduction, accumulator, apart, differentiable_once, positive, tangent, to_rows
 
 # ---- reference: the definition, and the fallback on any device
 
@@ -112,9 +112,7 @@ def _bwd_reference(
             weight += (grad_column_lse[:, None] * _softmax(s.T, t, of_columns)).T
         dx[block] = weight @ yhat / t
         dy += weight.T @ xhat[block] / t
-    if normalize:
-        dx, dy = tangent(dx, xhat, x), tangent(dy, yhat, y)
-    return dx.to(x.dtype), dy.to(y.dtype)
+    return (tangent(dx, xhat, x), tangent(dy, yhat, y)) if normalize else (dx, dy)
 
 
 def _one_pass_reference(
@@ -144,7 +142,8 @@ def _fwd_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _bwd_fake(grad_lse: Tensor, grad_column_lse: Tensor, x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), y.new_empty(y.shape)
+    dtype = accumulator(x)
+    return x.new_empty(x.shape, dtype=dtype), y.new_empty(y.shape, dtype=dtype)
 
 
 def _one_pass_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -186,6 +185,11 @@ info_nce_one_pass = Op(
 # ---- autograd
 
 
+# The operators multiply in `dtype`, which may be narrower than x and y; gradients are rounded to the dtype of x and y
+# alone. Where these are the rows in the dtype of sums, what a positive adds meets the rest of the gradient unrounded;
+# in a narrow cone they nearly cancel.
+
+
 class _LogSumExp(torch.autograd.Function):
     """lse of the rows, (N,), of the columns, (K,) or empty, and with a diagonal of 0 and K = N, s_ii, (N,), or empty.
 
@@ -204,7 +208,10 @@ class _LogSumExp(torch.autograd.Function):
         normalize: bool,
         columns: bool,
         pairs: bool,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.given = x.dtype, y.dtype
+        x, y = x.to(dtype), y.to(dtype)
         ctx.backend, forward = info_nce_fwd.chosen(x)
         ctx.diagonal, ctx.normalize, ctx.columns, ctx.pairs = diagonal, normalize, columns, pairs
         stats = forward(x, y, temperature, x_ids, y_ids, diagonal, normalize, columns)
@@ -231,12 +238,13 @@ class _LogSumExp(torch.autograd.Function):
             )  # fmt: skip
             if ctx.pairs and grad_pos is not None:
                 _add_pair_gradient(dx, dy, grad_pos, pos, x, y, ctx.normalize)
+            dx, dy = dx.to(ctx.given[0]), dy.to(ctx.given[1])
         if ctx.needs_input_grad[2]:
             dt = (grad_lse * of_rows[3]).sum()  # d lse / dt = -E_P[s] / t^2
             if grad_column_lse is not None:
                 dt = dt + (grad_column_lse * of_columns[3]).sum()
             dt = -dt / temperature**2
-        return dx, dy, dt, None, None, None, None, None, None
+        return dx, dy, dt, None, None, None, None, None, None, None
 
 
 def _add_pair_gradient(
@@ -268,7 +276,10 @@ class _OnePass(torch.autograd.Function):
         y_ids: Tensor | None,
         diagonal: int | None,
         normalize: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
+        ctx.given = x.dtype, y.dtype
+        x, y = x.to(dtype), y.to(dtype)
         stats, out = info_nce_one_pass(x, y, temperature, x_ids, y_ids, diagonal, normalize)
         ctx.normalize = normalize
         ctx.save_for_backward(x, temperature, stats, out)
@@ -283,10 +294,10 @@ class _OnePass(torch.autograd.Function):
             dx = out * (grad_lse / temperature)[:, None]
             if ctx.normalize:
                 dx = tangent(dx, to_rows(x, True), x)
-            dx = dx.to(x.dtype)
+            dx = dx.to(ctx.given[0])
         if ctx.needs_input_grad[2]:
             dt = -(grad_lse * stats[3]).sum() / temperature**2
-        return dx, None, dt, None, None, None, None
+        return dx, None, dt, None, None, None, None, None
 
 
 # ---- autograd over the ranks of a process group
@@ -327,7 +338,10 @@ class _AcrossRanks(torch.autograd.Function):
         normalize: bool,
         columns: bool,
         ranks: Ranks,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
+        ctx.given = x.dtype, y.dtype
+        x, y = x.to(dtype), y.to(dtype)
         ctx.backend = info_nce_fwd.backend_for(x)
         ctx.paired, ctx.normalize, ctx.columns, ctx.ranks = paired, normalize, columns, ranks
         t = positive(temperature)
@@ -368,14 +382,14 @@ class _AcrossRanks(torch.autograd.Function):
                     ctx.normalize, backend=ctx.backend,
                 )  # fmt: skip
                 dx.add_(parts[0])
-                dy = parts[1].to(dx.dtype)
+                dy = parts[1]
             return [dy] if ctx.needs_input_grad[1] else []
 
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             owed = ctx.ranks.meet([y, y_ids, h, stats], visit)
-            dy = owed[0].to(y.dtype) if owed else None
+            dy = owed[0].to(ctx.given[1]) if owed else None
         dt = -((grad_lse * of_rows[3]).sum() + (grad_column_lse * of_columns[3]).sum()) / temperature**2
-        return dx.to(x.dtype), dy, dt, None, None, None, None, None, None
+        return dx.to(ctx.given[0]), dy, dt, None, None, None, None, None, None, None
 
 
 def log_sum_exp(
@@ -388,14 +402,17 @@ def log_sum_exp(
     diagonal: int | None = None,
     normalize: bool = True,
     ranks: Ranks | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """(N,) log of the sum over the columns, of all ranks, of exp(x_i . y_j / t); in one pass where y needs no
-    gradient and there is one rank."""
+    """(N,) log of the sum over the columns, of all ranks, of exp(x_i . y_j / t), with products in `dtype`, x's where
+    None; in one pass where y needs no gradient and there is one rank."""
+    dtype = dtype or x.dtype
+    (x, y), (x_ids, y_ids) = apart(x, y), apart(x_ids, y_ids)
     if ranks is not None:
-        return _AcrossRanks.apply(x, y, temperature, x_ids, y_ids, diagonal == 0, normalize, False, ranks)[0]
+        return _AcrossRanks.apply(x, y, temperature, x_ids, y_ids, diagonal == 0, normalize, False, ranks, dtype)[0]
     if not (torch.is_grad_enabled() and y.requires_grad):
-        return _OnePass.apply(x, y, temperature, x_ids, y_ids, diagonal, normalize)
-    return _LogSumExp.apply(x, y, temperature, x_ids, y_ids, diagonal, normalize, False, False)[0]
+        return _OnePass.apply(x, y, temperature, x_ids, y_ids, diagonal, normalize, dtype)
+    return _LogSumExp.apply(x, y, temperature, x_ids, y_ids, diagonal, normalize, False, False, dtype)[0]
 
 
 # ---- function
@@ -483,7 +500,8 @@ def info_nce(
         in_batch=in_batch, group_ids=group_ids is not None, sample_weight=sample_weight is not None,
         label_smoothing=bool(label_smoothing),
     )  # fmt: skip
-    pos = (to_rows(query, normalize) * to_rows(positive_key, normalize)).sum(1)
+    q, k = to_rows(query, False), to_rows(positive_key, False)
+    pos = (to_rows(q, normalize) * to_rows(k, normalize)).sum(1)
     lses: list[Tensor] = []
     negatives: int | Tensor = 0
     negative_sum = torch.zeros_like(pos) if label_smoothing else None
@@ -491,20 +509,21 @@ def info_nce(
     def total(keys: Tensor, ranks: Ranks | None = None) -> Tensor:
         keys = to_rows(keys, False)
         length = torch.linalg.vector_norm(keys, dim=1).clamp(min=1e-12) if normalize else keys.new_ones(len(keys))
-        return to_rows(query, normalize) @ _losses.total(length.reciprocal() @ keys, ranks)
+        return to_rows(q, normalize) @ _losses.total(length.reciprocal() @ keys, ranks)
 
     if in_batch:
         lses.append(
             log_sum_exp(
-                query, positive_key, t, x_ids=group_ids, y_ids=group_ids, diagonal=0, normalize=normalize, ranks=ranks
+                q, k, t, x_ids=group_ids, y_ids=group_ids, diagonal=0, normalize=normalize, ranks=ranks,
+                dtype=query.dtype,
             )
-        )
+        )  # fmt: skip
         alike: int | Tensor = 1
         if group_ids is not None:
             alike = matches(group_ids, group_ids if ranks is None else ranks.gather(group_ids))
         negatives = negatives + ((N if ranks is None else ranks.total) - alike)
         if negative_sum is not None:
-            negative_sum = negative_sum + total(positive_key, ranks) - pos
+            negative_sum = negative_sum + total(k, ranks) - pos
     if negative_keys is not None:
         query, negative_keys = _losses.check_embeddings(
             "query", query, "negative_keys", negative_keys, alike=False, empty=group is not None
@@ -519,9 +538,13 @@ def info_nce(
         negative_group_ids = _losses.check_per_row("negative_group_ids", negative_group_ids, K, device, integer=True)
         ids = (group_ids, negative_group_ids)
         if N:
-            lses.append(log_sum_exp(query, negative_keys, t, x_ids=ids[0], y_ids=ids[1], normalize=normalize))
+            lses.append(
+                log_sum_exp(
+                    q, negative_keys, t, x_ids=ids[0], y_ids=ids[1], normalize=normalize, dtype=negative_keys.dtype
+                )
+            )
         else:  # on a process without rows
-            lses.append(query.sum(1) + negative_keys.sum() * t)
+            lses.append(q.sum(1) + negative_keys.sum() * t)
         same = 0 if group_ids is None or negative_group_ids is None else matches(group_ids, negative_group_ids)
         negatives = negatives + (K - same)
         if negative_sum is not None:
@@ -535,7 +558,7 @@ def info_nce(
                 f"paired_negative_keys: got shape {tuple(paired.shape)}, allowed: (N, M, D) = "
                 f"({N}, M, {query.shape[1]})"
             )
-        s = torch.einsum("nd,nmd->nm", to_rows(query, normalize), to_rows(paired.to(query.dtype), normalize))
+        s = torch.einsum("nd,nmd->nm", to_rows(q, normalize), to_rows(paired.to(query.dtype), normalize))
         lses.append(torch.logsumexp(s / positive(t), 1))
         negatives = negatives + paired.shape[1]
         if negative_sum is not None:

@@ -237,7 +237,8 @@ def nt_xent(
         )  # fmt: skip
         first, rows = (0, 2 * N) if ranks is None else (ranks.first // 2, ranks.total)
         ids = (torch.arange(first, first + N, device=device) if group_ids is None else group_ids).repeat(2)
-        lse_neg = log_sum_exp_of_others(z, ids, t, normalize=normalize, ranks=ranks)
+        dtype, z = z.dtype, to_rows(z, False)
+        lse_neg = log_sum_exp_of_others(z, ids, t, normalize=normalize, ranks=ranks, dtype=dtype)
         everyone = ids if ranks is None or group_ids is None else ranks.gather(ids)
         z = to_rows(z, normalize)
         pos = _similarity_of_pairs(z)
