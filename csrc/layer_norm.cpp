@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kWorthThreads = int64_t{128} << 10, kBlockBytes = int64_t{128} << 10, kMostBlocks = 64, kLeastRows = 8;
 constexpr int64_t kTileBytes = int64_t{128} << 10, kLeastTile = 32;
 // Outputs that no cache would hold until they are read are written past the caches.
-constexpr int64_t kStreamBytes = int64_t{32} << 20;
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
 constexpr int64_t kMostLanes = 16;
 
 using Optional = std::optional<Tensor>;
