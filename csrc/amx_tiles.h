@@ -12,6 +12,9 @@ namespace ssl_fast {
 // Strides count elements. a: 32 rows of 32 bf16; b: 16 rows of 32 pairs of bf16; sums: 32 rows of 32 floats.
 class EmulatedTiles {
  public:
+  static constexpr int kHeight = 32;
+  static constexpr bool kInRegisters = false;
+
   void zero() { std::memset(sums_, 0, sizeof(sums_)); }
   void load(const float* sums, int64_t ld) {
     for (int r = 0; r < 32; ++r) std::memcpy(sums_[r], sums + r * ld, sizeof(sums_[r]));
@@ -46,6 +49,9 @@ SSL_FAST_TARGET_BEGIN("amx-tile,amx-bf16")
 // the tiles of its thread while it lives. The fences keep the compiler from moving ordinary stores past the tile loads.
 class AMXTiles {
  public:
+  static constexpr int kHeight = 32;
+  static constexpr bool kInRegisters = false;
+
   AMXTiles() {
     struct alignas(64) Config {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};

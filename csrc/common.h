@@ -57,9 +57,9 @@ using torch::stable::Tensor;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 
-// In rising order of speed, so that SSL_FAST_CPU_CAPABILITY can cap what was detected. kEmulatedAMX runs the AMX code
-// with its tile instructions in software: it is for tests, on any machine, and is chosen by name only.
-enum class Capability { kPortable, kAVX2, kAVX512, kAMX, kEmulatedAMX };
+// In rising order of speed, so that SSL_FAST_CPU_CAPABILITY can cap what was detected. The emulated ones run the code of
+// AVX512-BF16 and of AMX with these instructions in software: for tests, on any machine, and chosen by name only.
+enum class Capability { kPortable, kAVX2, kAVX512, kAVX512BF16, kAMX, kEmulatedAVX512BF16, kEmulatedAMX };
 
 #if defined(__x86_64__)
 // Linux hands out the 8 KiB of AMX tile state to a process that asks for it.
@@ -81,7 +81,8 @@ inline Capability detect_capability() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kBF16 = 1u << 22, kTile = 1u << 24;
   const bool amx = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBF16) && (edx & kTile);
-  return amx && request_amx() ? Capability::kAMX : Capability::kAVX512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Capability::kAVX512;
+  return amx && request_amx() ? Capability::kAMX : Capability::kAVX512BF16;
 }
 #else
 inline Capability detect_capability() { return Capability::kPortable; }
@@ -96,12 +97,14 @@ inline Capability choose_capability() {
   const Capability detected = detected_capability();
   const char* name = std::getenv("SSL_FAST_CPU_CAPABILITY");
   if (name == nullptr || *name == '\0') return detected;
+  if (std::strcmp(name, "avx512_bf16_emulated") == 0) return Capability::kEmulatedAVX512BF16;
   if (std::strcmp(name, "amx_emulated") == 0) return Capability::kEmulatedAMX;
-  const char* names[] = {"portable", "avx2", "avx512", "amx"};
-  for (int i = 0; i < 4; ++i)
+  const char* names[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+  for (int i = 0; i < 5; ++i)
     if (std::strcmp(name, names[i]) == 0) return std::min(static_cast<Capability>(i), detected);
   STD_TORCH_CHECK(false, "SSL_FAST_CPU_CAPABILITY: got '", name,
-                  "', allowed: portable, avx2, avx512, amx, amx_emulated, or unset for what this machine has");
+                  "', allowed: portable, avx2, avx512, avx512_bf16, amx, avx512_bf16_emulated, amx_emulated, or unset for "
+                  "what this machine has");
   return detected;
 }
 

@@ -1,5 +1,5 @@
 // Contrastive losses on one pair of row blocks: exponentials, sums and weights on register tiles of logits, in fp32. No
-// include guard: included once per instruction set, after simd.h and an engine (contrast_fp32.h, contrast_amx.h) that has
+// include guard: included once per instruction set, after simd.h and an engine (contrast_fp32.h, contrast_bf16.h) that has
 //   kRows, kVectors, kCols                      the register tile, kRows x (kVectors kLanes)
 //   for_each_register_tile(tile, finish)        S = z_I z_J^T, as finish(logits of a register tile, i, j)
 //   multiply_weights(tile)                      the products with W, which finish has left in tile.work

@@ -72,7 +72,7 @@ struct Kernels {
   int64_t (*backward_work)(int64_t depth);  // floats
 };
 
-// The kernels for z of a dtype on this machine; bf16: in bf16 arithmetic on AMX tiles, else in fp32 on widened rows.
+// The kernels for z of a dtype on this machine; bf16: in bf16 arithmetic, else in fp32 on widened rows.
 struct Engine {
   const Kernels& kernels;
   bool bf16;

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,6 +229,17 @@ def test_two_runs_are_equal_to_the_bit(backend, dtype):
         return loss, lse, q, r, *nt_xent_bwd(g, torch.zeros_like(g), z1, z2, t, lse, q, True, backend=backend)
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.skipif("native" not in BACKENDS or DEVICE != "cpu", reason="instruction sets of CPUs")
+@pytest.mark.parametrize("capability", ("portable", "avx2", "avx512", "avx512_bf16_emulated", "amx_emulated"))
+def test_other_instruction_sets(capability):
+    """What runs natively here, again: with fewer lanes, and in bf16 by instructions that are done in software."""
+    files = [__file__, str(Path(__file__).with_name("test_info_nce.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", "native and not float16"]
+    environment = {**os.environ, "SSL_FAST_CPU_CAPABILITY": capability}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout
 
 
 @pytest.mark.skipif("native" not in BACKENDS or DEVICE != "cpu", reason="a promise of the C++ kernels on a CPU")
