@@ -246,19 +246,20 @@ struct RowSums {
   std::vector<float> max, sum, moment;
 };
 
-// Sums over j of W_ij z_j, (rows, ld) of each block. fp32 gradients accumulate where they are returned, unless the bf16
-// engine needs whole blocks. Else they need fp32 room; a block's is freed once its gradient is written.
+// Sums over j of W_ij z_j, (rows, ld) of each block. fp32 gradients accumulate where they are returned. 16-bit ones need
+// fp32 room, and what the bf16 engine would write beyond: a block's room is freed once its gradient is written.
 class Gradient {
  public:
   Gradient(const Engine& engine, const Blocks& blocks, const Tensor& out)
       : ld(engine.bf16 ? round_up(out.size(1), 32) : out.size(1)),
-        in_place_(out.scalar_type() == ScalarType::Float && !engine.bf16),
         room_(blocks.count),
         block_(blocks.count) {
+    const bool same = out.scalar_type() == ScalarType::Float && ld == out.size(1);
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t rows = engine.bf16 ? kBlock : blocks.rows(b);
-      if (!in_place_) room_[b] = std::make_unique<Buffer<float>>(rows * ld, kMapRoomFrom);
-      block_[b] = in_place_ ? float_data(out) + blocks.first(b) * ld : room_[b]->get();
+      const bool in_place = same && rows == blocks.rows(b);
+      if (!in_place) room_[b] = std::make_unique<Buffer<float>>(rows * ld, kMapRoomFrom);
+      block_[b] = in_place ? float_data(out) + blocks.first(b) * ld : room_[b]->get();
     }
   }
 
@@ -276,7 +277,7 @@ class Gradient {
       for (int64_t r = 0; r < x.blocks.rows(b); ++r, row += ld, to += x.dims) {
         add(r, row);
         x.through_normalization(row, z + r * row_stride(x.dims), inverse_norm[r]);
-        if (in_place_) continue;
+        if (room_[b] == nullptr) continue;
         for (int64_t d = 0; d < x.dims; ++d) to[d] = static_cast<T>(row[d]);
       }
     });
@@ -288,7 +289,6 @@ class Gradient {
  private:
   static constexpr size_t kMapRoomFrom = size_t{256} << 10;
 
-  bool in_place_;
   std::vector<std::unique_ptr<Buffer<float>>> room_;
   std::vector<float*> block_;
 };
