@@ -539,6 +539,20 @@ def test_options_of_clip_and_sup_con_against_their_formulas():
         ours, theirs = (torch.autograd.grad(x.sum(), image, retain_graph=True)[0] for x in (loss, expected))
         same(ours, theirs)
     assert sup_con(image.view(3, 3, D), temperature=t, return_lse=True)[1].shape == (3, 3)
+
+    logits, own = unit(image) @ unit(image).T / t, torch.eye(N, dtype=torch.bool, device=DEVICE)
+    alike = (ids[:, None] == ids) & ~own
+    target = 0.7 * alike.double() / alike.sum(1, keepdim=True).clamp(min=1) + 0.3 * (~own).double() / (N - 1)
+    for decoupled in (False, True):  # which changes the denominators alone
+        lse = torch.logsumexp(logits.masked_fill(own | alike if decoupled else own, -torch.inf), 1)
+        expected = torch.where(alike.any(1), lse - (logits * target).sum(1), 0)
+        loss = sup_con(image, ids, t, reduction="none", label_smoothing=0.3, decoupled=decoupled)
+        same(loss, expected)
+        if not decoupled:
+            smoothed = F.cross_entropy(logits.masked_fill(own, -1e9), target, reduction="none")
+            same(loss, torch.where(alike.any(1), smoothed, 0))
+        ours, theirs = (torch.autograd.grad(x.sum(), image, retain_graph=True)[0] for x in (loss, expected))
+        same(ours, theirs)
     assert sup_con(image.detach().clone().fill_(torch.nan), ids, t).isnan()
 
 
@@ -680,6 +694,16 @@ def test_a_memory_bank_is_enqueued_after_the_loss_and_only_in_training():
     assert torch.equal(criterion.memory_bank.keys, before)
 
 
+def test_numbers_of_any_kind_are_numbers():
+    import numpy as np
+
+    expected = clip(Q, Q, 10.0)
+    for scale in (np.float32(10), np.float64(10), 10, torch.tensor(10)):
+        torch.testing.assert_close(clip(Q, Q, scale), expected)
+    for bias in (0.5, np.float32(2), torch.ones(1)):
+        assert clip(Q, Q, 10.0, bias) == expected
+
+
 def test_clip_module_takes_open_clips_arguments():
     image, text = (F.normalize(x.detach()) for x in tensors((12, 16), (12, 16), dtype=torch.float32))
     scale, bias = torch.tensor(14.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
@@ -782,6 +806,22 @@ Q = torch.ones(4, 3)
         (lambda: sup_con(Q), r"labels: got None with embeddings \(M, D\)"),
         (lambda: sup_con(Q, torch.ones(3).long()), r"labels: got torch.int64 \(3,\)"),
         (lambda: sup_con(Q[0], torch.ones(3).long()), r"embeddings: got shape \(3,\), allowed: \(N, D\)"),
+        (lambda: info_nce(Q, Q, Q[:0]), r"negative_keys: got shape \(0, 3\), allowed: \(K, 3\), K >= 1"),
+        (lambda: info_nce(Q, Q, paired_negative_keys=Q[:, None].double()), "paired_negative_keys: got torch.float64"),
+        (lambda: info_nce(Q, Q, paired_negative_keys=Q[:, None].to("meta")), "paired_negative_keys: got device meta"),
+        (lambda: info_nce(Q, Q, group_ids=torch.ones(4, dtype=torch.cfloat)), "group_ids: got torch.complex64"),
+        (lambda: info_nce(Q, Q, sample_weight=torch.ones(4, dtype=torch.cfloat)), "sample_weight: got torch.complex64"),
+        (lambda: nt_xent(Q, Q, decoupled="no"), "decoupled: got 'no', allowed: True or False"),
+        (lambda: sup_con(Q, torch.ones(4).long(), decoupled=1), "decoupled: got 1, allowed: True or False"),
+        (lambda: nt_xent(Q, Q, label_smoothing=None), "label_smoothing: got None, allowed: 0 to 1"),
+        (lambda: clip(Q, Q, 1.0, tau_plus="0.1"), "tau_plus: got '0.1', allowed: at least 0"),
+        (lambda: clip(Q, Q, 1.0, torch.ones(3)), r"logit_bias: got shape \(3,\) of torch.float32, allowed: a number"),
+        (lambda: clip(Q, Q, 1.0, "b"), "logit_bias: got 'b', allowed: a number"),
+        (lambda: NTXentLoss(foo=1), "foo: got an option that nt_xent does not have, allowed: normalize, "),
+        (lambda: NTXentLoss(0.1, (8, 3), foo=1), "foo: got an option that info_nce does not have, allowed: in_batch"),
+        (lambda: InfoNCE(foo=1), "foo: got an option that info_nce does not have, allowed: in_batch, normalize"),
+        (lambda: CLIPLoss(foo=1), "foo: got an option that clip does not have"),
+        (lambda: SupConLoss(group_ids=None), "group_ids: got an option that sup_con does not have"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(call, message):

@@ -76,6 +76,19 @@ def test_pytorch_metric_learning(classes):
     check(SupConLoss(0.1), peer.SupConLoss(0.1), z, labels)
 
 
+def test_where_pytorch_metric_learning_leaves_equation_2():
+    """What SupConLoss' docstring says of a row whose loss is 0, and of a batch of one class."""
+    peer = pytest.importorskip("pytorch_metric_learning.losses")
+    z = torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 0.1], [-1, -0.1]])
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    of_rows = SupConLoss(0.05, reduction="none")(z, labels)
+    assert (of_rows[:2] < 1e-12).all() and (of_rows[2:] > 0.1).all()
+    torch.testing.assert_close(SupConLoss(0.05)(z, labels), of_rows.mean())
+    torch.testing.assert_close(peer.SupConLoss(0.05)(z, labels), of_rows[2:].mean())
+    same = torch.zeros_like(labels)
+    assert peer.SupConLoss(0.05)(z, same) == 0 and SupConLoss(0.05)(z, same) > 1
+
+
 def networks(count: int) -> list[nn.Module]:
     """Of one structure, with weights and statistics of their own."""
     made = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def clip(
         return_lse: also return the (2, N) log-sum-exp of the logits of each image and of each text, the positive's
             included and logit_bias left out.
         label_smoothing, decoupled, tau_plus, group_ids, sample_weight: as in `info_nce`, in both directions; pairs of
-            a group are no negatives of each other.
+            a group are no negatives of each other, and tau_plus reckons with rows of unit length.
         gather_distributed, group, strategy: as in `nt_xent`.
 
     Returns:
@@ -64,7 +65,9 @@ def clip(
         "image_features", image_features, "text_features", text_features, empty=group is not None
     )
     N = len(image)
-    _losses.check_options(reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, group_ids=group_ids)
+    _losses.check_options(
+        reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, decoupled=decoupled, group_ids=group_ids
+    )
     group_ids = _losses.check_per_row("group_ids", group_ids, N, image.device, integer=True)
     _losses.check_per_row("sample_weight", sample_weight, N, image.device, integer=False)
     t = _losses.check_temperature(_inverse(logit_scale, image), image)
@@ -105,7 +108,7 @@ def clip(
         )
     loss = (losses[0] + losses[1]) / 2
     if logit_bias is not None:
-        loss = loss + 0 * torch.as_tensor(logit_bias, dtype=loss.dtype, device=loss.device).reshape(())
+        loss = loss + 0 * _number("logit_bias", logit_bias, loss)
     loss = _losses.reduce(loss, reduction, sample_weight, ranks)
     return (loss, torch.logaddexp(torch.stack(tuple(lses)), pos / positive(t))) if return_lse else loss
 
@@ -115,9 +118,18 @@ def _inverse(logit_scale: float | Tensor, z: Tensor) -> float | Tensor:
         if logit_scale.numel() != 1:
             raise ValueError(f"logit_scale: got shape {tuple(logit_scale.shape)}, allowed: a tensor of one element")
         return logit_scale.to(accumulator(z)).reciprocal()
-    if isinstance(logit_scale, bool) or not isinstance(logit_scale, (int, float)) or not 1e-30 < logit_scale < 1e30:
+    if isinstance(logit_scale, bool) or not isinstance(logit_scale, numbers.Real) or not 1e-30 < logit_scale < 1e30:
         raise ValueError(f"logit_scale: got {logit_scale!r}, allowed: a float above 0, such as 1 / 0.07")
-    return 1 / logit_scale
+    return 1 / float(logit_scale)
+
+
+def _number(name: str, value: object, loss: Tensor) -> Tensor:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return value.to(loss).reshape(())
+    if isinstance(value, Tensor) or not isinstance(value, numbers.Real):
+        got = f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{name}: got {got}, allowed: a number, or a real tensor of one element")
+    return loss.new_tensor(float(value))
 
 
 class CLIPLoss(nn.Module):
@@ -151,6 +163,7 @@ class CLIPLoss(nn.Module):
         super().__init__()
         if use_horovod:
             raise ValueError("use_horovod: got True, allowed: False; processes are those of torch.distributed")
+        _losses.check_known(options, clip)
         if world_size > 1:
             options = {"gather_distributed": True, **options}
         self.world_size = world_size

@@ -291,6 +291,7 @@ def sup_con(
     normalize: bool = True,
     reduction: Reduction = "mean",
     return_lse: bool = False,
+    label_smoothing: float = 0.0,
     decoupled: bool = False,
     sample_weight: Tensor | None = None,
     gather_distributed: bool = False,
@@ -313,6 +314,8 @@ def sup_con(
         reduction: "mean" over the rows that have a positive, and "sum", give a scalar; "none" (M,) or (N, V), with 0
             where a row has no positive.
         return_lse: also return the log-sum-exp over the denominators, in the shape of reduction "none".
+        label_smoothing: as in F.cross_entropy: of each row's target, this share lies on all other rows alike, and the
+            rest on its positives alike.
         decoupled: leave every positive out of the denominators, which then run over the negatives alone (DCL, arXiv
             2110.06848, of several positives); rows without a negative have no loss.
         sample_weight: (M,) or (N,) weights of the rows or images; the mean becomes the weighted one.
@@ -320,6 +323,9 @@ def sup_con(
 
     Returns:
         The loss in fp32 (fp64 for fp64), or (loss, lse). Without any positive the loss is 0.
+
+    The group_ids and tau_plus of the other losses are for negatives that may be of the positive's class; here labels
+    say which are.
 
     Raises:
         ValueError, TypeError: naming the argument, for shapes or dtypes that do not fit.
@@ -341,7 +347,7 @@ def sup_con(
     z, _ = _losses.check_embeddings("embeddings", z, "embeddings", z, empty=group is not None)
     images = len(z) // views
     t = _losses.check_temperature(temperature, z)
-    _losses.check_options(reduction)
+    _losses.check_options(reduction, label_smoothing=label_smoothing, decoupled=decoupled)
     labels = _losses.check_per_row("labels", labels, images, z.device, integer=True)
     if labels is None:
         raise ValueError("labels: got None with embeddings (M, D), allowed: (M,) integers, or embeddings (N, V, D)")
@@ -351,11 +357,12 @@ def sup_con(
         sample_weight = None if sample_weight is None else sample_weight.repeat_interleave(views)
 
     ranks = share(
-        z, group, strategy, requires_grad=records(z, t), decoupled=decoupled, sample_weight=sample_weight is not None
-    )
+        z, group, strategy, requires_grad=records(z, t), decoupled=decoupled, sample_weight=sample_weight is not None,
+        label_smoothing=bool(label_smoothing),
+    )  # fmt: skip
     if of_images and ranks is not None:
         labels = labels + ranks.first // views
-    if ranks is None and not decoupled:
+    if ranks is None and not decoupled and not label_smoothing:
         lse, positives, count = _SupCon.apply(z, labels, None, t, normalize, z.dtype)
     else:
         # In the dtype of sums: the positives' share of the gradient nearly cancels that of their softmax.
@@ -364,7 +371,12 @@ def sup_con(
         sums, count = _SumsOfLabel.apply(z, labels, ranks)
         positives, count = (z * (sums - z)).sum(1), count - 1
     has = (count > 0) & (lse != -torch.inf)  # NaN stays
-    loss = torch.where(has, lse - positives / (count.clamp(min=1) * positive(t)), 0)
+    target = positives / count.clamp(min=1)
+    if label_smoothing:
+        others = (z * (_losses.total(z.sum(0), ranks) - z)).sum(1)
+        among = (len(z) if ranks is None else ranks.total) - 1
+        target = torch.lerp(target, others / max(among, 1), label_smoothing)
+    loss = torch.where(has, lse - target / positive(t), 0)
     if reduction == "mean":
         weight = has.to(loss.dtype) if sample_weight is None else has * sample_weight.to(loss.dtype)
         total = _losses.total(weight.sum(), ranks)
@@ -384,7 +396,9 @@ class SupConLoss(nn.Module):
     """Supervised contrastive loss as a module, without the similarity matrix; a drop-in for
     pytorch_metric_learning.losses.SupConLoss (its default reducer) and, with (N, V, D), for SupContrast's.
 
-    Equivalent to: pytorch_metric_learning.losses.SupConLoss(temperature)(embeddings, labels).
+    Equivalent to: pytorch_metric_learning.losses.SupConLoss(temperature)(embeddings, labels), but for two edges: there
+    a row whose loss has come down to 0 leaves the mean as well, and a batch of one class has the loss 0, where equation
+    2 has it spread its rows evenly. indices_tuple and ref_emb are not taken; labels are integers.
 
     Args:
         temperature: a float above 0, or a tensor of one element; an nn.Parameter is learned with the model.
@@ -400,6 +414,7 @@ class SupConLoss(nn.Module):
     def __init__(self, temperature: float | Tensor = 0.1, **options: Any) -> None:
         super().__init__()
         _losses.check_temperature_alone(temperature)
+        _losses.check_known(options, sup_con)
         self.temperature = temperature
         self.options = options
 

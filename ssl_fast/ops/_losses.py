@@ -7,9 +7,10 @@ and its relatives need no more than (N,) vectors once the log-sum-exps are there
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -164,7 +165,9 @@ def check_embeddings(
     if shape[0] == 0 and not empty:
         raise ValueError(f"{name1}: got an empty batch (N=0), allowed: N >= 1; skip the step or drop the last batch")
     if z2.shape != shape and (alike or z2.dim() != 2 or z2.shape[1] != shape[1] or z2.shape[0] == 0):
-        allowed = f"the shape of {name1}, {tuple(shape)} (row i of each: one image)" if alike else f"(K, {shape[1]})"
+        allowed = f"(K, {shape[1]}), K >= 1"
+        if alike:
+            allowed = f"the shape of {name1}, {tuple(shape)} (row i of each: one image)"
         raise ValueError(f"{name2}: got shape {tuple(z2.shape)}, allowed: {allowed}")
     if z1.device != z2.device:
         raise ValueError(f"{name2}: got device {z2.device}, allowed: the device of {name1}, {z1.device}")
@@ -217,19 +220,36 @@ def check_temperature_alone(temperature: object) -> None:
 
 
 def check_options(
-    reduction: str, *, label_smoothing: float = 0.0, tau_plus: float = 0.0, group_ids: object = None
+    reduction: str,
+    *,
+    label_smoothing: float = 0.0,
+    tau_plus: float = 0.0,
+    decoupled: bool = False,
+    group_ids: object = None,
 ) -> None:
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, allowed: 'mean', 'sum', 'none'")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: got {label_smoothing}, allowed: 0 to 1")
-    if not 0 <= tau_plus < 1:
-        raise ValueError(f"tau_plus: got {tau_plus}, allowed: at least 0 and below 1, such as 0.1 for ten classes")
+    if not isinstance(label_smoothing, numbers.Real) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: got {label_smoothing!r}, allowed: 0 to 1")
+    if not isinstance(tau_plus, numbers.Real) or not 0 <= tau_plus < 1:
+        raise ValueError(f"tau_plus: got {tau_plus!r}, allowed: at least 0 and below 1, such as 0.1 for ten classes")
+    if not isinstance(decoupled, bool):
+        raise TypeError(f"decoupled: got {decoupled!r}, allowed: True or False")
     if label_smoothing and group_ids is not None:
         raise ValueError(
             "label_smoothing: got a value above 0 with group_ids, allowed: one of the two; masked negatives have no "
             "probability to smooth"
         )
+
+
+def check_known(options: Mapping[str, object], function: Callable[..., Any], *given: str) -> None:
+    """Options that a module hands on to a function at each call: keywords of it, but those `given` otherwise."""
+    parameters = inspect.signature(function).parameters.values()
+    allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given]
+    for name in options:
+        if name not in allowed:
+            known = ", ".join(allowed)
+            raise TypeError(f"{name}: got an option that {function.__name__} does not have, allowed: {known}")
 
 
 def check_per_row(
@@ -239,7 +259,8 @@ def check_per_row(
     if values is None:
         return None
     kind = "integers" if integer else "numbers"
-    if not isinstance(values, Tensor) or values.shape != (count,) or (integer and values.is_floating_point()):
+    other = isinstance(values, Tensor) and (values.is_complex() or (integer and values.is_floating_point()))
+    if not isinstance(values, Tensor) or values.shape != (count,) or other:
         got = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"{name}: got {got}, allowed: a tensor of {kind}, one for each row, of shape ({count},)")
     if values.device != device:

@@ -460,7 +460,8 @@ def info_nce(
         reduction: "mean" and "sum" give a scalar, "none" the losses (N,).
         return_lse: also return the (N,) log-sum-exp of each row's logits, the positive's included.
         label_smoothing, decoupled, tau_plus: F.cross_entropy's smoothing; the positive left out of the denominator
-            (DCL, arXiv 2110.06848); the probability of false negatives to correct for (arXiv 2007.00224).
+            (DCL, arXiv 2110.06848); the probability of false negatives to correct for (arXiv 2007.00224), where the
+            sum over the negatives stays at least what rows of unit length can give, exp(-1 / t) each.
         group_ids, negative_group_ids: (N,) and (K,) integers: a negative of the query's group is a known false one, and
             left out. In the batch group_ids alone decides; the positive always counts.
         sample_weight: (N,) weights of the rows; the mean becomes the weighted one.
@@ -482,7 +483,9 @@ def info_nce(
     )
     N, device = len(query), query.device
     t = _losses.check_temperature(temperature, query)
-    _losses.check_options(reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, group_ids=group_ids)
+    _losses.check_options(
+        reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, decoupled=decoupled, group_ids=group_ids
+    )
     group_ids = _losses.check_per_row("group_ids", group_ids, N, device, integer=True)
     _losses.check_per_row("sample_weight", sample_weight, N, device, integer=False)
     if in_batch is None:
@@ -558,7 +561,12 @@ def info_nce(
                 f"paired_negative_keys: got shape {tuple(paired.shape)}, allowed: (N, M, D) = "
                 f"({N}, M, {query.shape[1]})"
             )
-        s = torch.einsum("nd,nmd->nm", to_rows(q, normalize), to_rows(paired.to(query.dtype), normalize))
+        if N:
+            _, rows = _losses.check_embeddings(
+                "query", query, "paired_negative_keys", paired.flatten(0, 1), alike=False
+            )
+            paired = rows.view_as(paired)
+        s = torch.einsum("nd,nmd->nm", to_rows(q, normalize), to_rows(paired, normalize))
         lses.append(torch.logsumexp(s / positive(t), 1))
         negatives = negatives + paired.shape[1]
         if negative_sum is not None:
@@ -620,6 +628,8 @@ class InfoNCE(nn.Module):
         super().__init__()
         _losses.check_temperature_alone(temperature)
         _losses.check_options(reduction)
+        given = ("negative_keys", "paired_negative_keys", "reduction")
+        _losses.check_known(options, info_nce, *given)
         if negative_mode not in ("unpaired", "paired"):
             raise ValueError(f"negative_mode: got {negative_mode!r}, allowed: 'unpaired', 'paired'")
         self.temperature = temperature

@@ -199,7 +199,8 @@ def nt_xent(
         reduction: "mean" and "sum" give a scalar, "none" the losses (2N,), z1's rows first.
         return_lse: also return the (2N,) log-sum-exp of each row's logits without itself, differentiable.
         label_smoothing, decoupled, tau_plus: F.cross_entropy's smoothing; the positive left out of the denominator
-            (DCL, arXiv 2110.06848); the probability of false negatives to correct for (arXiv 2007.00224).
+            (DCL, arXiv 2110.06848); the probability of false negatives to correct for (arXiv 2007.00224), where the
+            sum over the negatives stays at least what rows of unit length can give, exp(-1 / t) each.
         group_ids: (N,) integers: other images of an image's group are known false negatives, and left out.
         sample_weight: (N,) weights of the images; the mean becomes the weighted one.
         gather_distributed: let the images of all processes of torch.distributed be negatives. Each process brings its
@@ -224,10 +225,13 @@ def nt_xent(
     group = processes(gather_distributed, group, strategy)
     z1, z2 = _losses.check_embeddings("z1", z1, "z2", z2, empty=group is not None)
     t = _losses.check_temperature(temperature, z1)
-    options = label_smoothing or decoupled or tau_plus or group_ids is not None or sample_weight is not None
+    plain = label_smoothing == 0 and tau_plus == 0 and decoupled is False
+    options = not plain or group_ids is not None or sample_weight is not None
     if options or group is not None:
         N, device = len(z1), z1.device
-        _losses.check_options(reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, group_ids=group_ids)
+        _losses.check_options(
+            reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, decoupled=decoupled, group_ids=group_ids
+        )
         group_ids = _losses.check_per_row("group_ids", group_ids, N, device, integer=True)
         _losses.check_per_row("sample_weight", sample_weight, N, device, integer=False)
         z = torch.cat([z1, z2])
@@ -303,6 +307,7 @@ class NTXentLoss(nn.Module):
         _losses.check_temperature_alone(temperature)
         _losses.check_options(reduction)
         check_strategy(options.get("strategy", "gather"))
+        _losses.check_known(options, nt_xent if self.memory_bank is None else info_nce)
         self.temperature = temperature
         self.reduction = reduction
         self.normalize = normalize
