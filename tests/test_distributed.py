@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ssl_fast
 from ssl_fast import BarlowTwinsLoss, CLIPLoss, InfoNCE, NTXentLoss, SupConLoss
-from ssl_fast.functional import clip, info_nce, nt_xent, sup_con
+from ssl_fast.functional import barlow_twins, clip, info_nce, nt_xent, sup_con
 from ssl_fast.optim import LARS, parameter_groups
 
 D, K = 6, 9
@@ -360,6 +360,8 @@ def others(rank: int, world: int) -> dict[str, Any]:
     found["way"] = message(lambda: nt_xent(trained, trained, gather_distributed=True, strategy=way))
     keys = trained if rank else z
     found["keys"] = message(lambda: info_nce(trained, keys, gather_distributed=True, in_batch=True))
+    views = (trained, z) if rank else (z, trained)
+    found["views"] = message(lambda: barlow_twins(*views, gather_distributed=True))
     mixed = z.double() if rank else z
     found["dtype"] = message(lambda: clip(mixed, mixed, 10.0, gather_distributed=True))
     found["world size"] = message(lambda: CLIPLoss(world_size=world + 1)(z, z, 10.0))
@@ -487,6 +489,7 @@ def test_groups_queues_and_errors(processes):
         assert f["ids"].startswith("ValueError: group_ids: got it on ranks [0] of")
         assert f["way"].startswith("ValueError: strategy='ring': got it on ranks [0] of")
         assert f["keys"].startswith(f"ValueError: keys_require_grad: got it on ranks {rest} of")
+        assert f["views"].startswith(f"ValueError: z_a_requires_grad: got it on ranks {rest} of")
         torch.testing.assert_close(f["bank"], expected)
         assert f["bank pointer"] == len(keys)
         assert f["empty"].startswith(f"ValueError: embeddings: got an empty batch on all {world} processes")

@@ -279,7 +279,7 @@ def barlow_twins(
     group = processes(gather_distributed, group, strategy)
     z_a, z_b = _losses.check_embeddings("z_a", z_a, "z_b", z_b, empty=group is not None)
     check_weights(lambda_param, eps)
-    ranks = share(z_a, group, strategy, requires_grad=records(z_a, z_b))
+    ranks = share(z_a, group, strategy, z_a_requires_grad=records(z_a), z_b_requires_grad=records(z_b))
     rows = len(z_a) if ranks is None else ranks.total
     if rows < 2:
         raise ValueError(f"z_a: got {rows} row, allowed: at least 2 to standardise over; use a larger batch")
