@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_fast.accelerate import accelerate
 from ssl_fast.backbones import build_encoder
-from ssl_fast.cached import MARGIN, checkpoint_stages
+from ssl_fast.cached import MARGIN, checkpoint_stages, fewest_rows
 from ssl_fast.demo import dense_nt_xent
 from ssl_fast.memory import format_memory, free_memory, parse_memory
 from ssl_fast.methods import SimCLR
@@ -178,15 +178,16 @@ def plan(
     if True in again:
         add("+ checkpoint_stages", Parts(accelerate=True, bf16=True, checkpoint=True))
     whole = {(row.parts.bf16, row.parts.checkpoint): row for row in found.rows if row.parts.accelerate}
-    for (bf16, checkpoint), row in whole.items():
-        parts = _largest(row.parts, step, batch, int(MARGIN * budget))
+    fewest = fewest_rows(batch, 2)  # batch norm refuses a row alone
+    for (bf16, checkpoint), row in whole.items() if fewest < batch else ():
+        parts = _largest(row.parts, step, batch, fewest, int(MARGIN * budget))
         extra = "".join([", bf16"] * bf16 + [", stages"] * checkpoint)
         add(f"micro_batch={parts.micro_batch}{extra}", parts, row)
     return found
 
 
-def _largest(parts: Parts, step: Callable[[Parts], _Step], batch: int, budget: int) -> Parts:
-    """With the largest micro-batch that fits, nearly; with the smallest where none does.
+def _largest(parts: Parts, step: Callable[[Parts], _Step], batch: int, fewest: int, budget: int) -> Parts:
+    """With the largest micro-batch that fits, nearly; with the smallest, of `fewest` rows, where none does.
 
     The peak is convex in it, the larger of what the loss takes and of a line. So where the chord from one that fits to
     one that does not meets the budget, it fits too.
@@ -195,7 +196,7 @@ def _largest(parts: Parts, step: Callable[[Parts], _Step], batch: int, budget: i
     def peak(size: int) -> int:
         return step(replace(parts, micro_batch=size)).peak()
 
-    low, high = 2, max(2, -(-batch // 2))  # batch norm refuses a row alone
+    low, high = fewest, -(-batch // 2)
     below, above = peak(low), peak(high)
     if above <= budget:
         return replace(parts, micro_batch=high)

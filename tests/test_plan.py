@@ -110,6 +110,12 @@ def test_plan_chooses_the_cheapest_that_fits():
     assert replace(tight, memory=1).best is None and "nothing fits" in str(replace(tight, memory=1))
 
 
+def test_batch_norm_is_left_two_rows():
+    cached = [row.parts.micro_batch for row in plan("convnet", 8, 33, "1MiB", channels=1).rows if row.parts.micro_batch]
+    assert cached and set(cached) == {3}  # of twos, one row would be left
+    assert not any(row.parts.micro_batch for row in plan("convnet", 8, 3, "1MiB", channels=1).rows)
+
+
 def test_a_module_is_planned_and_left_alone():
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 8))
     found = plan(encoder, 8, 16, "1GiB", head="none")
