@@ -854,6 +854,20 @@ def test_rows_without_a_negative_in_any_source_have_no_gradient(learned):
         assert x.grad is None or not x.grad.any()
 
 
+@pytest.mark.parametrize("tau", [0.01, 0.05, 0.1])
+def test_debiased_rows_at_the_bound_have_finite_gradients(tau):
+    """Within ulps of log(n tau), above which there is something left, n tau e^-d may round to 1."""
+    n = torch.arange(2.0, 400)
+    near = [(n * tau).log()]
+    for _ in range(12):
+        near = [near[0].nextafter(torch.tensor(-9.0)), *near, near[-1].nextafter(torch.tensor(9.0))]
+    d = torch.stack(near).requires_grad_()
+    pos = (n.log() - d.detach()).requires_grad_()
+    loss = home._losses._debiased(d, pos, torch.tensor(1.0), n, tau)
+    gradients = torch.autograd.grad(loss.sum(), (d, pos))
+    assert all(x.isfinite().all() for x in (loss, *gradients))
+
+
 def test_debiased_losses_do_not_hide_nan():
     q, k, n = (torch.randn(rows, 5, device=DEVICE) for rows in (4, 4, 3))
     below = torch.tensor(-0.1, device=DEVICE)
