@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ssl_fast._distributed import everyone, rank_and_world
+from ssl_fast.accelerate import passed_by
 from ssl_fast.memory import format_memory, free_memory, out_of_memory, parse_memory, peak_memory
 
 log = logging.getLogger("ssl_fast")
@@ -263,13 +264,14 @@ def checkpoint_stages(model: nn.Module) -> list[str]:
     A stage is a child of one of its outermost nn.Sequentials or nn.ModuleLists: a residual block of a ResNet, a block
     of a ViT. One more forward pass for the activations of one stage at a time (torch.utils.checkpoint); dropout is
     replayed, and buffers, such as running statistics and power iterations, are those that the first pass started from
-    and move once. A model that has it already stays as it is.
+    and move once. A model that has it already stays as it is. Beside fused norms: `accelerate(model, trace=False)`
+    first, whose fused blocks stay fused.
 
     Returns:
         The names of the stages.
 
     Raises:
-        ValueError: for a model without stages.
+        ValueError: for a model without stages, or whose forward `accelerate` has rebuilt, which goes past them.
 
     Example:
         >>> checkpoint_stages(torchvision.models.resnet50())  # 16 names, layer1.0 to layer4.2
@@ -282,6 +284,13 @@ def checkpoint_stages(model: nn.Module) -> list[str]:
         raise ValueError(
             f"model: got {type(model).__name__}, allowed: one with an nn.Sequential or nn.ModuleList of stages; wrap "
             "its parts in torch.utils.checkpoint"
+        )
+    passed = passed_by(model)
+    if past := [name for name, stage in stages.items() if stage in passed]:
+        raise ValueError(
+            f"model: got {type(model).__name__}, whose forward accelerate has rebuilt and which goes past the stages "
+            f"{', '.join(past[:4])}{', ...' if past[4:] else ''}, allowed: one that calls its stages; take "
+            "accelerate(model, trace=False), which fuses in place, and then checkpoint_stages(model)"
         )
     for stage in stages.values():
         if getattr(stage.forward, "func", None) is not _checkpointed:

@@ -230,7 +230,7 @@ class _Step:
             given = model if isinstance(model, str) else copy.deepcopy(model).to("meta")
             encoder, features = build_encoder(given, image, channels, stem)
             if parts.accelerate:
-                encoder = accelerate(encoder).model
+                encoder = accelerate(encoder, trace=not parts.checkpoint).model
             if parts.checkpoint:
                 checkpoint_stages(encoder)
             loss = NTXentLoss() if parts.loss else _Dense()

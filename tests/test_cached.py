@@ -536,6 +536,50 @@ def test_checkpointed_stages_give_the_same_and_move_statistics_once():
         checkpoint_stages(nn.Linear(2, 2))
 
 
+class Called(nn.Conv2d):
+    """Counts its calls."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Block(nn.Module):
+    """Whose activation is not a module, so that torch.fx alone sees what follows its norm."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv, self.norm = Called(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)) + x)
+
+
+class Own(nn.Module):
+    def __init__(self, channels: int = 3):
+        super().__init__()
+        self.stem, self.layers = nn.Conv2d(channels, 4, 3, padding=1), nn.Sequential(*(Block(4) for _ in range(6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.stem(x)).mean((2, 3))
+
+
+def test_a_rebuilt_forward_does_not_go_past_checkpointed_stages(tmp_path):
+    x, stages = views()[0], [f"layers.{i}" for i in range(6)]
+    rebuilt = ssl_fast.accelerate(Own()).model
+    kept = held(rebuilt, x)
+    for model in (rebuilt, ssl_fast.SimCLR(rebuilt, 4)):
+        with pytest.raises(ValueError, match=r"goes past the stages (encoder.)?layers.0, .*accelerate\(model, trace=F"):
+            checkpoint_stages(model)
+    assert held(rebuilt, x) == kept
+    model = ssl_fast.accelerate(Own(), trace=False).model
+    assert checkpoint_stages(model) == stages and held(model, x) < 0.5 * kept
+    train(tmp_path / "out", model=(model := Own(1)), accelerate=True, checkpoint_stages=True, **{**QUICK, "epochs": 1})
+    assert model.layers[0].conv.calls >= 2 * 4  # steps, forward and again
+
+
 def test_checkpointed_stages_replay_power_iterations():
     def stages() -> nn.Module:
         torch.manual_seed(6)

@@ -39,7 +39,7 @@ def step(parts: Parts, device: torch.device, batch: int = BATCH) -> None:
     """Two steps of training, as `train` takes them."""
     encoder, features = build_encoder("convnet", IMAGE)
     if parts.accelerate:
-        encoder = accelerate(encoder).model
+        encoder = accelerate(encoder, trace=not parts.checkpoint).model
     if parts.checkpoint:
         checkpoint_stages(encoder)
     network = SimCLR(encoder, features, loss=None if parts.loss else _Dense())
@@ -122,6 +122,31 @@ def test_a_module_is_planned_and_left_alone():
     assert found.model == "Sequential" and not found.batch_norm
     assert not any(row.parts.checkpoint for row in found.rows)  # no stages to keep
     assert encoder[1].weight.device.type == "cpu" and found.best is found.rows[0]
+
+
+class Block(nn.Module):
+    """Whose activation is not a module, so that torch.fx alone sees what follows its norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.norm(self.conv(torch.sin(x))) + x)
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block() for _ in range(12)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(x).mean((2, 3))
+
+
+def test_stages_of_an_accelerated_model_are_checkpointed():
+    rows = {row.name: row for row in plan(Blocks(), 32, 64, "1GiB", head="none").rows}
+    assert rows["+ checkpoint_stages"].saves > 0.3 * rows["+ bf16"].peak
 
 
 @pytest.mark.parametrize(
