@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ssl_fast
 from ssl_fast import BarlowTwinsLoss, CLIPLoss, InfoNCE, NTXentLoss, SupConLoss
+from ssl_fast._distributed import Ranks
 from ssl_fast.functional import barlow_twins, clip, info_nce, nt_xent, sup_con
 from ssl_fast.optim import LARS, parameter_groups
 
@@ -506,6 +507,17 @@ def test_a_dead_or_silent_process_is_an_error_within_the_time_out(processes):
         said, seconds = processes[0]["silent"][kind]
         assert said.startswith("RuntimeError: gather_distributed: rank 0 of 2 got no answer"), said
         assert seconds < limit, kind
+
+
+def test_a_lack_of_memory_is_not_the_silence_of_another_process():
+    ranks = object.__new__(Ranks)
+    ranks.rank, ranks.world = 0, 2
+    for raised, seen, message in (
+        (torch.OutOfMemoryError("2 GiB"), torch.OutOfMemoryError, "^2 GiB"),
+        (RuntimeError("closed"), RuntimeError, "gather_distributed: rank 0 of 2 got no answer.*closed"),
+    ):
+        with pytest.raises(seen, match=message), ranks.answered():
+            raise raised
 
 
 def test_arguments_are_checked_and_one_process_is_no_group():
