@@ -150,8 +150,10 @@ def plan(
         raise ValueError(f"optimizer: got {optimizer!r}, allowed: {', '.join(STATES)}")
     budget = free_memory(pick_device(device)) if memory is None else parse_memory(memory)
 
+    encoder = _on_meta(model, image, channels, stem) if isinstance(model, str) else model
+
     def step(parts: Parts) -> _Step:
-        return _Step(model, image, batch, channels, stem, head, dim, STATES[optimizer], parts)
+        return _Step(encoder, image, batch, channels, stem, head, dim, STATES[optimizer], parts)
 
     name = model if isinstance(model, str) else type(model).__name__
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in step(Parts()).network.modules())
@@ -184,6 +186,15 @@ def plan(
         extra = "".join([", bf16"] * bf16 + [", stages"] * checkpoint)
         add(f"micro_batch={parts.micro_batch}{extra}", parts, row)
     return found
+
+
+def _on_meta(name: str, image: int, channels: int, stem: str) -> nn.Module:
+    """An encoder without values; by way of the CPU where an initialisation looks at them."""
+    try:
+        with torch.device("meta"):
+            return build_encoder(name, image, channels, stem)[0]
+    except RuntimeError:
+        return build_encoder(name, image, channels, stem)[0].to("meta")
 
 
 def _largest(parts: Parts, step: Callable[[Parts], _Step], batch: int, fewest: int, budget: int) -> Parts:

@@ -149,6 +149,18 @@ def test_stages_of_an_accelerated_model_are_checkpointed():
     assert rows["+ checkpoint_stages"].saves > 0.3 * rows["+ bf16"].peak
 
 
+def test_a_model_whose_initialisation_looks_at_values(monkeypatch):
+    """As torchvision's RegNets do for their widths."""
+
+    def by_name(name: str, channels: int) -> nn.Module:
+        width = int(torch.linspace(2, 5, 3)[-1])
+        return nn.Sequential(nn.Conv2d(channels, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    monkeypatch.setattr("ssl_fast.backbones._by_name", by_name)
+    found = plan("regnet", 8, 8, "1GiB", stem="imagenet")
+    assert found.model == "regnet" and found.best is found.rows[0] and "stem=imagenet" in str(found)
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
