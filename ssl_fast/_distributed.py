@@ -148,6 +148,8 @@ class Ranks:
         """Say what it means where another process is gone."""
         try:
             yield
+        except torch.OutOfMemoryError:  # this one's own, for what it allocates on the way
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 f"gather_distributed: rank {self.rank} of {self.world} got no answer, allowed: every process of the "

@@ -563,6 +563,7 @@ def _traced(model: nn.Module, norms: set[nn.Module]) -> tuple[type | None, dict[
     parts: tuple[Any, ...] = getattr(model, "_parts", (type(model),))
     before, *mixins = parts
     members = {"forward": type(fx.GraphModule(model, graph)).forward, "found": tuple(found)}
+    members["passed"] = tuple(path for path in _around(model, norms).values() if path)
     return type(f"Fused{before.__name__}", (_subclass(before, _Traced, *mixins),), members), reasons
 
 
@@ -570,6 +571,7 @@ class _Traced(_Subclass):
     """A model whose forward is what torch.fx has seen; it looks again where it is copied or loaded."""
 
     found: tuple[tuple[str, str, bool], ...]
+    passed: tuple[str, ...]  # the modules whose parts it calls by itself
 
     def sites(self: Any) -> Iterator[Site]:
         yield from super().sites()
@@ -581,6 +583,12 @@ class _Traced(_Subclass):
         before, _, *mixins = self._parts
         plain = _twin(self, _subclass(before, *mixins) if mixins else before)
         self.__class__ = _traced(plain, _survey(plain)[1])[0] or type(plain)
+
+
+def passed_by(model: nn.Module) -> set[nn.Module]:
+    """The modules in a model whose own forwards a rebuilt one has taken the place of."""
+    rebuilt = [module for module in model.modules() if isinstance(module, _Traced)]
+    return {module.get_submodule(name) for module in rebuilt for name in module.passed}
 
 
 # ---- the whole model
@@ -655,9 +663,10 @@ def accelerate(model: nn.Module, *, fuse: bool = True, trace: bool = True) -> Re
 
     The result is that of the unchanged model, within rounding, hooks included: a norm or activation that has hooks is
     called as before, whenever they were registered. A rebuilt forward calls the parts of the modules it went through
-    by themselves: register hooks of those before, or on the model. A second call changes nothing; `report.restore()`
-    and `restore(model)` undo it all. deepcopy, pickle and torch.compile work. Convert to synchronised norms, before or
-    after, by `ssl_fast.convert_sync_batchnorm`; torch's own makes norms torch's again, and unfuses them.
+    by themselves: register hooks of those before, or on the model; `checkpoint_stages` wants trace=False. A second call
+    changes nothing; `report.restore()` and `restore(model)` undo it all. deepcopy, pickle and torch.compile work.
+    Convert to synchronised norms, before or after, by `ssl_fast.convert_sync_batchnorm`; torch's own makes norms
+    torch's again, and unfuses them.
 
     Args:
         model: any nn.Module; its mode, device and dtype do not matter.

@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ssl_fast._distributed import everyone, rank_and_world
+from ssl_fast.accelerate import passed_by
 from ssl_fast.memory import format_memory, free_memory, out_of_memory, parse_memory, peak_memory
 
 log = logging.getLogger("ssl_fast")
@@ -133,8 +134,9 @@ class CachedStep:
     before, until one takes a quarter of the budget or a GiB; the line through them says how many rows fit. The
     step itself does not notice. Should memory run out all the same, the micro-batch is halved, a warning says so, and
     the step begins again as if nothing had been: gradients, generators and the buffers of the encoder and of a loss
-    that is a module are those of before. Batch norm in training is left two rows. Several processes measure together,
-    and take the smallest of what they find; a lack of memory is an error there, as the others would not know of it.
+    that is a module are those of before. Batch norm in training is left two rows in every part of a batch. Several
+    processes measure together, and take the smallest of what they find; a lack of memory is an error there, as the
+    others would not know of it.
 
     Args:
         micro_batch: "auto", or a number, which is taken as it is and never halved.
@@ -190,10 +192,8 @@ class CachedStep:
                 return value.detach()
             except Exception as error:
                 tried = min(self.micro_batch, rows)
-                half = -(-tried // 2)
-                smallest = rows // -(-rows // half)  # of its parts of the batch
-                last = tried == 1 or smallest < _least_rows(encoders)
-                if before is None or last or not out_of_memory(error) or rank_and_world()[1] > 1:
+                half = max(-(-tried // 2), fewest_rows(rows, _least_rows(encoders)))
+                if before is None or half >= tried or not out_of_memory(error) or rank_and_world()[1] > 1:
                     raise
             # Out of the handler, whose traceback holds the tensors of the failed step.
             self.micro_batch = half
@@ -246,11 +246,14 @@ class CachedStep:
         fits, budget, start, slope = min(everyone((int(MARGIN * (budget - start) / slope), budget, start, slope)))
         if fits >= rows * len(views) and most == rows:
             return rows
-        if fits < _least_rows(encoders):
+        fewest = fewest_rows(rows, _least_rows(encoders))
+        needed = fewest if fewest < rows else rows * len(views)
+        if fits < needed:
             raise ValueError(
                 f"memory: got {format_memory(budget + self.reserve)}, of which {format_memory(start + self.reserve)} "
                 f"are taken by the model, its gradients and the embeddings, and {format_memory(slope)} by each row, "
-                "allowed: more than their sum; raise it, or checkpoint the encoder's stages"
+                f"allowed: room for {needed} of them, the least that a batch of {rows} is cut into; raise it, or "
+                "checkpoint the encoder's stages"
             )
         return min(fits, most, -(-rows // 2))
 
@@ -261,13 +264,14 @@ def checkpoint_stages(model: nn.Module) -> list[str]:
     A stage is a child of one of its outermost nn.Sequentials or nn.ModuleLists: a residual block of a ResNet, a block
     of a ViT. One more forward pass for the activations of one stage at a time (torch.utils.checkpoint); dropout is
     replayed, and buffers, such as running statistics and power iterations, are those that the first pass started from
-    and move once. A model that has it already stays as it is.
+    and move once. A model that has it already stays as it is. Beside fused norms: `accelerate(model, trace=False)`
+    first, whose fused blocks stay fused.
 
     Returns:
         The names of the stages.
 
     Raises:
-        ValueError: for a model without stages.
+        ValueError: for a model without stages, or whose forward `accelerate` has rebuilt, which goes past them.
 
     Example:
         >>> checkpoint_stages(torchvision.models.resnet50())  # 16 names, layer1.0 to layer4.2
@@ -280,6 +284,13 @@ def checkpoint_stages(model: nn.Module) -> list[str]:
         raise ValueError(
             f"model: got {type(model).__name__}, allowed: one with an nn.Sequential or nn.ModuleList of stages; wrap "
             "its parts in torch.utils.checkpoint"
+        )
+    passed = passed_by(model)
+    if past := [name for name, stage in stages.items() if stage in passed]:
+        raise ValueError(
+            f"model: got {type(model).__name__}, whose forward accelerate has rebuilt and which goes past the stages "
+            f"{', '.join(past[:4])}{', ...' if past[4:] else ''}, allowed: one that calls its stages; take "
+            "accelerate(model, trace=False), which fuses in place, and then checkpoint_stages(model)"
         )
     for stage in stages.values():
         if getattr(stage.forward, "func", None) is not _checkpointed:
@@ -349,12 +360,32 @@ def _naming_micro_batch(micro_batch: int, rows: Tensor) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if len(rows) > 1 or "more than 1 value per channel" not in str(error):
+        of_norms = ("more than 1 value per channel", "more than one value per channel")  # torch's, and ours
+        if len(rows) > 1 or not any(words in str(error) for words in of_norms):
             raise
-        raise ValueError(
-            f"micro_batch: got {micro_batch}, which leaves a row alone, of which batch norm in training has no "
-            "statistics, allowed: one that cuts the batch into parts of two rows and more; raise it, or use layer norm"
-        ) from error
+        raise _row_alone(micro_batch) from error
+
+
+def _row_alone(micro_batch: int) -> ValueError:
+    return ValueError(
+        f"micro_batch: got {micro_batch}, which leaves a row alone, of which batch norm in training has no "
+        "statistics, allowed: one that cuts the batch into parts of two rows and more; raise it, or use layer norm"
+    )
+
+
+def check_rows_of_head(head: nn.Module, rows: int, micro_batch: int | str | None) -> None:
+    """Raise where a batch is cut so that batch norm of a head, of (N, features), would see a row alone. That of several
+    processes sees the rows of all."""
+    if not isinstance(micro_batch, int) or micro_batch >= rows or rank_and_world()[1] > 1:
+        return
+    if rows // -(-rows // micro_batch) == 1 and any(isinstance(m, nn.BatchNorm1d) for m in head.modules()):
+        raise _row_alone(micro_batch)
+
+
+def fewest_rows(rows: int, least: int) -> int:
+    """The smallest micro-batch that cuts so many rows into parts of at least `least`; all of them where none does.
+    Every larger one does too."""
+    return next((size for size in range(least, -(-rows // 2) + 1) if rows // -(-rows // size) >= least), rows)
 
 
 def _least_rows(encoders: Sequence[nn.Module]) -> int:

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_fast.accelerate import accelerate
 from ssl_fast.backbones import build_encoder
-from ssl_fast.cached import MARGIN, checkpoint_stages
+from ssl_fast.cached import MARGIN, checkpoint_stages, fewest_rows
 from ssl_fast.demo import dense_nt_xent
 from ssl_fast.memory import format_memory, free_memory, parse_memory
 from ssl_fast.methods import SimCLR
@@ -150,8 +150,10 @@ def plan(
         raise ValueError(f"optimizer: got {optimizer!r}, allowed: {', '.join(STATES)}")
     budget = free_memory(pick_device(device)) if memory is None else parse_memory(memory)
 
+    encoder = _on_meta(model, image, channels, stem) if isinstance(model, str) else model
+
     def step(parts: Parts) -> _Step:
-        return _Step(model, image, batch, channels, stem, head, dim, STATES[optimizer], parts)
+        return _Step(encoder, image, batch, channels, stem, head, dim, STATES[optimizer], parts)
 
     name = model if isinstance(model, str) else type(model).__name__
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in step(Parts()).network.modules())
@@ -178,15 +180,25 @@ def plan(
     if True in again:
         add("+ checkpoint_stages", Parts(accelerate=True, bf16=True, checkpoint=True))
     whole = {(row.parts.bf16, row.parts.checkpoint): row for row in found.rows if row.parts.accelerate}
-    for (bf16, checkpoint), row in whole.items():
-        parts = _largest(row.parts, step, batch, int(MARGIN * budget))
+    fewest = fewest_rows(batch, 2)  # batch norm refuses a row alone
+    for (bf16, checkpoint), row in whole.items() if fewest < batch else ():
+        parts = _largest(row.parts, step, batch, fewest, int(MARGIN * budget))
         extra = "".join([", bf16"] * bf16 + [", stages"] * checkpoint)
         add(f"micro_batch={parts.micro_batch}{extra}", parts, row)
     return found
 
 
-def _largest(parts: Parts, step: Callable[[Parts], _Step], batch: int, budget: int) -> Parts:
-    """With the largest micro-batch that fits, nearly; with the smallest where none does.
+def _on_meta(name: str, image: int, channels: int, stem: str) -> nn.Module:
+    """An encoder without values; by way of the CPU where an initialisation looks at them."""
+    try:
+        with torch.device("meta"):
+            return build_encoder(name, image, channels, stem)[0]
+    except RuntimeError:
+        return build_encoder(name, image, channels, stem)[0].to("meta")
+
+
+def _largest(parts: Parts, step: Callable[[Parts], _Step], batch: int, fewest: int, budget: int) -> Parts:
+    """With the largest micro-batch that fits, nearly; with the smallest, of `fewest` rows, where none does.
 
     The peak is convex in it, the larger of what the loss takes and of a line. So where the chord from one that fits to
     one that does not meets the budget, it fits too.
@@ -195,7 +207,7 @@ def _largest(parts: Parts, step: Callable[[Parts], _Step], batch: int, budget: i
     def peak(size: int) -> int:
         return step(replace(parts, micro_batch=size)).peak()
 
-    low, high = 2, max(2, -(-batch // 2))  # batch norm refuses a row alone
+    low, high = fewest, -(-batch // 2)
     below, above = peak(low), peak(high)
     if above <= budget:
         return replace(parts, micro_batch=high)
@@ -229,7 +241,7 @@ class _Step:
             given = model if isinstance(model, str) else copy.deepcopy(model).to("meta")
             encoder, features = build_encoder(given, image, channels, stem)
             if parts.accelerate:
-                encoder = accelerate(encoder).model
+                encoder = accelerate(encoder, trace=not parts.checkpoint).model
             if parts.checkpoint:
                 checkpoint_stages(encoder)
             loss = NTXentLoss() if parts.loss else _Dense()

@@ -113,7 +113,8 @@ def train(
             is the plain step, both views at once.
         memory: the budget of "auto", such as "20GiB"; default what is free.
         checkpoint_stages: keep the activations between the stages of the encoder alone, and compute the others again in
-            the backward.
+            the backward. Beside it `accelerate` fuses in known blocks and nn.Sequentials, and rebuilds no forward,
+            which would go past the stages.
         device: "auto", "cpu", "cuda" or "cuda:N".
         num_workers: processes that decode images from a folder; 0 decodes in this one; default one a core, at most 8.
         seed: of weights, data order and augmentation.
@@ -158,7 +159,7 @@ def train(
     seed_everything(seed)
     encoder, features = build_encoder(model, images.size, images.channels, stem)
     if accelerate:
-        encoder = accelerated(encoder).model
+        encoder = accelerated(encoder, trace=not checkpoint_stages).model  # a rebuilt forward goes past its stages
     if checkpoint_stages:
         checkpointed(encoder)
     network = recipe.build(encoder, features, **method_args).to(chosen)

@@ -84,6 +84,45 @@ def test_confident_pairs_in_16_bits(N, D):
         assert_close(name, value[name], truth[name], plain[name], torch.bfloat16)
 
 
+class Alone:
+    """A ring of one process."""
+
+    rank, world, strategy = 0, 1, "ring"
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def meet(self, blocks: list[Tensor], visit) -> list[Tensor]:
+        return visit(0, *blocks)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(("N", "D"), [(1024, 8), (2048, 128)])
+def test_products_in_16_bits_by_rows(N, D, dtype, monkeypatch):
+    """As a ring has them on a GPU: the squares of rounded operands lose the diagonal of rounded operands."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # where operands are rounded
+    monkeypatch.setattr(home, "_operand", lambda x: x.float())  # which a CPU multiplies
+    torch.manual_seed(0)
+    z = torch.linalg.qr(torch.randn(N, D, dtype=torch.float64, device=DEVICE)).Q * N**0.5
+    a, b = (x.to(dtype).double() for x in (z, z + 0.01 * torch.randn_like(z)))
+    a, b = (F.batch_norm(x, None, None, training=True) for x in (a, b))
+
+    def of_standardised(a, b):
+        C = a.T @ b / N
+        off = C - C.diagonal().diag()
+        return (1 - C.diagonal()).square().sum() + 5e-3 * off.square().sum()
+
+    def of_op(a, b):
+        return home._BarlowTwins.apply(a.float(), b.float(), 5e-3, Alone(N), True, dtype)
+
+    truth, value = results(of_standardised, a, b), results(of_op, a, b)
+    for name in truth:
+        assert_close(name, value[name], truth[name], truth[name] * (1 + 0.02), dtype)
+
+
 def test_by_rows_of_few_features():
     """As a ring has them: what lies beside the diagonal is 1e-5 of the sum that it is taken from."""
     z = torch.linalg.qr(torch.randn(1024, 8, dtype=torch.float64, device=DEVICE)).Q

@@ -387,7 +387,42 @@ def test_running_out_stops_where_batch_norm_has_rows():
     assert step.micro_batch == 2
     with pytest.raises(ValueError, match="micro_batch: got 2, which leaves a row alone, of which batch norm"):
         cached_step(model, views(11), NTXentLoss(), 2)
+    ssl_fast.accelerate(model)
+    with pytest.raises(ValueError, match="micro_batch: got 2, which leaves a row alone, of which batch norm"):
+        cached_step(model, views(11), NTXentLoss(), 2)
     cached_step(model.eval(), views(11), NTXentLoss(), 2)
+
+
+@pytest.mark.parametrize("rows", [3, 5, 7, 9, 33])
+def test_auto_leaves_batch_norm_no_row_alone(rows, monkeypatch):
+    """Of an odd batch parts of two rows leave one; three do not."""
+    model, seen = nn.Sequential(nn.Flatten(), nn.Linear(108, 6), nn.BatchNorm1d(6)), []
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+
+    def peak(work: Any, device: torch.device) -> int:
+        seen.clear()
+        work()
+        return 10**9 + 10**8 * (seen[0] if seen else 0)
+
+    monkeypatch.setattr(ssl_fast.cached, "peak_memory", peak)
+    for room, found in ((2.3, None), (3.3, None if rows == 3 else 3), (2 * rows + 1, rows)):
+        step = CachedStep("auto", memory=int(10**9 + room * 10**8 / 0.95))
+        if found is None:
+            with pytest.raises(ValueError, match=f"memory: got .* room for {6 if rows == 3 else 3} of them"):
+                step(model, views(rows), NTXentLoss())
+            continue
+        step(model, views(rows), NTXentLoss())
+        assert step.micro_batch == found
+
+    step = CachedStep("auto")
+    step.micro_batch = rows
+    hungry = Hungry(model, most=min(rows - 1, 3), at=1)
+    if rows == 3:
+        with pytest.raises(torch.OutOfMemoryError):
+            step(hungry, views(rows), NTXentLoss())
+    else:
+        step(hungry, views(rows), NTXentLoss())
+        assert step.micro_batch == 3
 
 
 def test_running_out_while_measuring_is_a_measurement():
@@ -499,6 +534,50 @@ def test_checkpointed_stages_give_the_same_and_move_statistics_once():
     assert checkpoint_stages(ours) == ["0", "1"] and ours[0].forward is once  # not computed three times
     with pytest.raises(ValueError, match="model: got Linear, allowed: one with an nn.Sequential"):
         checkpoint_stages(nn.Linear(2, 2))
+
+
+class Called(nn.Conv2d):
+    """Counts its calls."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Block(nn.Module):
+    """Whose activation is not a module, so that torch.fx alone sees what follows its norm."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv, self.norm = Called(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)) + x)
+
+
+class Own(nn.Module):
+    def __init__(self, channels: int = 3):
+        super().__init__()
+        self.stem, self.layers = nn.Conv2d(channels, 4, 3, padding=1), nn.Sequential(*(Block(4) for _ in range(6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.stem(x)).mean((2, 3))
+
+
+def test_a_rebuilt_forward_does_not_go_past_checkpointed_stages(tmp_path):
+    x, stages = views()[0], [f"layers.{i}" for i in range(6)]
+    rebuilt = ssl_fast.accelerate(Own()).model
+    kept = held(rebuilt, x)
+    for model in (rebuilt, ssl_fast.SimCLR(rebuilt, 4)):
+        with pytest.raises(ValueError, match=r"goes past the stages (encoder.)?layers.0, .*accelerate\(model, trace=F"):
+            checkpoint_stages(model)
+    assert held(rebuilt, x) == kept
+    model = ssl_fast.accelerate(Own(), trace=False).model
+    assert checkpoint_stages(model) == stages and held(model, x) < 0.5 * kept
+    train(tmp_path / "out", model=(model := Own(1)), accelerate=True, checkpoint_stages=True, **{**QUICK, "epochs": 1})
+    assert model.layers[0].conv.calls >= 2 * 4  # steps, forward and again
 
 
 def test_checkpointed_stages_replay_power_iterations():
@@ -620,6 +699,11 @@ def test_train_finds_a_micro_batch_and_checkpoints_stages(tmp_path, caplog):
         (
             {"micro_batch": 64, "method": "moco_v2"},
             "bn_splits: got 8 with micro_batch=64 of a batch of 360, allowed: a divisor of each micro-batch",
+        ),
+        ({"micro_batch": 1}, "micro_batch: got 1, which leaves a row alone, of which batch norm"),
+        (
+            {"micro_batch": 2, "batch_size": 361, "method": "barlow_twins"},
+            "micro_batch: got 2, which leaves a row alone, of which batch norm",
         ),
         ({"micro_batch": "auto", "method": "moco_v1"}, "bn_splits: got 8 with micro_batch='auto'"),
     ],

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ssl_fast
 from ssl_fast import BarlowTwinsLoss, CLIPLoss, InfoNCE, NTXentLoss, SupConLoss
-from ssl_fast.functional import clip, info_nce, nt_xent, sup_con
+from ssl_fast._distributed import Ranks
+from ssl_fast.functional import barlow_twins, clip, info_nce, nt_xent, sup_con
 from ssl_fast.optim import LARS, parameter_groups
 
 D, K = 6, 9
@@ -360,6 +361,8 @@ def others(rank: int, world: int) -> dict[str, Any]:
     found["way"] = message(lambda: nt_xent(trained, trained, gather_distributed=True, strategy=way))
     keys = trained if rank else z
     found["keys"] = message(lambda: info_nce(trained, keys, gather_distributed=True, in_batch=True))
+    views = (trained, z) if rank else (z, trained)
+    found["views"] = message(lambda: barlow_twins(*views, gather_distributed=True))
     mixed = z.double() if rank else z
     found["dtype"] = message(lambda: clip(mixed, mixed, 10.0, gather_distributed=True))
     found["world size"] = message(lambda: CLIPLoss(world_size=world + 1)(z, z, 10.0))
@@ -487,6 +490,7 @@ def test_groups_queues_and_errors(processes):
         assert f["ids"].startswith("ValueError: group_ids: got it on ranks [0] of")
         assert f["way"].startswith("ValueError: strategy='ring': got it on ranks [0] of")
         assert f["keys"].startswith(f"ValueError: keys_require_grad: got it on ranks {rest} of")
+        assert f["views"].startswith(f"ValueError: z_a_requires_grad: got it on ranks {rest} of")
         torch.testing.assert_close(f["bank"], expected)
         assert f["bank pointer"] == len(keys)
         assert f["empty"].startswith(f"ValueError: embeddings: got an empty batch on all {world} processes")
@@ -503,6 +507,17 @@ def test_a_dead_or_silent_process_is_an_error_within_the_time_out(processes):
         said, seconds = processes[0]["silent"][kind]
         assert said.startswith("RuntimeError: gather_distributed: rank 0 of 2 got no answer"), said
         assert seconds < limit, kind
+
+
+def test_a_lack_of_memory_is_not_the_silence_of_another_process():
+    ranks = object.__new__(Ranks)
+    ranks.rank, ranks.world = 0, 2
+    for raised, seen, message in (
+        (torch.OutOfMemoryError("2 GiB"), torch.OutOfMemoryError, "^2 GiB"),
+        (RuntimeError("closed"), RuntimeError, "gather_distributed: rank 0 of 2 got no answer.*closed"),
+    ):
+        with pytest.raises(seen, match=message), ranks.answered():
+            raise raised
 
 
 def test_arguments_are_checked_and_one_process_is_no_group():

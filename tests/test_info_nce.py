@@ -656,6 +656,17 @@ def test_options_of_nt_xent_against_their_formulas():
 # ---- the memory bank
 
 
+def test_a_queue_that_one_process_fills_starts_from_the_generator():
+    """With gather_distributed too, so that two queues, or two seeds, are not of one start."""
+    first, second = (KeyQueue(5, 2, gather_distributed=True).keys for _ in range(2))
+    assert not torch.equal(first, second)
+    started = []
+    for gather in (False, True):
+        torch.manual_seed(3)
+        started.append(KeyQueue(5, 2, gather_distributed=gather).keys)
+    assert torch.equal(*started)
+
+
 def test_a_queue_wraps_at_any_batch_size_and_is_in_the_state_dict():
     queue = KeyQueue(5, 2, normalize=False).to(DEVICE)
     rows = torch.arange(40.0, device=DEVICE).view(20, 2)
@@ -892,6 +903,20 @@ def test_rows_without_a_negative_in_any_source_have_no_gradient(learned):
     assert loss == 0
     for x in (q, k, t, n) if learned else (q, k, t):
         assert x.grad is None or not x.grad.any()
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.05, 0.1])
+def test_debiased_rows_at_the_bound_have_finite_gradients(tau):
+    """Within ulps of log(n tau), above which there is something left, n tau e^-d may round to 1."""
+    n = torch.arange(2.0, 400)
+    near = [(n * tau).log()]
+    for _ in range(12):
+        near = [near[0].nextafter(torch.tensor(-9.0)), *near, near[-1].nextafter(torch.tensor(9.0))]
+    d = torch.stack(near).requires_grad_()
+    pos = (n.log() - d.detach()).requires_grad_()
+    loss = home._losses._debiased(d, pos, torch.tensor(1.0), n, tau)
+    gradients = torch.autograd.grad(loss.sum(), (d, pos))
+    assert all(x.isfinite().all() for x in (loss, *gradients))
 
 
 def test_debiased_losses_do_not_hide_nan():

@@ -39,7 +39,7 @@ def step(parts: Parts, device: torch.device, batch: int = BATCH) -> None:
     """Two steps of training, as `train` takes them."""
     encoder, features = build_encoder("convnet", IMAGE)
     if parts.accelerate:
-        encoder = accelerate(encoder).model
+        encoder = accelerate(encoder, trace=not parts.checkpoint).model
     if parts.checkpoint:
         checkpoint_stages(encoder)
     network = SimCLR(encoder, features, loss=None if parts.loss else _Dense())
@@ -110,12 +110,55 @@ def test_plan_chooses_the_cheapest_that_fits():
     assert replace(tight, memory=1).best is None and "nothing fits" in str(replace(tight, memory=1))
 
 
+def test_batch_norm_is_left_two_rows():
+    cached = [row.parts.micro_batch for row in plan("convnet", 8, 33, "1MiB", channels=1).rows if row.parts.micro_batch]
+    assert cached and set(cached) == {3}  # of twos, one row would be left
+    assert not any(row.parts.micro_batch for row in plan("convnet", 8, 3, "1MiB", channels=1).rows)
+
+
 def test_a_module_is_planned_and_left_alone():
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 8))
     found = plan(encoder, 8, 16, "1GiB", head="none")
     assert found.model == "Sequential" and not found.batch_norm
     assert not any(row.parts.checkpoint for row in found.rows)  # no stages to keep
     assert encoder[1].weight.device.type == "cpu" and found.best is found.rows[0]
+
+
+class Block(nn.Module):
+    """Whose activation is not a module, so that torch.fx alone sees what follows its norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.norm(self.conv(torch.sin(x))) + x)
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block() for _ in range(12)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(x).mean((2, 3))
+
+
+def test_stages_of_an_accelerated_model_are_checkpointed():
+    rows = {row.name: row for row in plan(Blocks(), 32, 64, "1GiB", head="none").rows}
+    assert rows["+ checkpoint_stages"].saves > 0.3 * rows["+ bf16"].peak
+
+
+def test_a_model_whose_initialisation_looks_at_values(monkeypatch):
+    """As torchvision's RegNets do for their widths."""
+
+    def by_name(name: str, channels: int) -> nn.Module:
+        width = int(torch.linspace(2, 5, 3)[-1])
+        return nn.Sequential(nn.Conv2d(channels, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    monkeypatch.setattr("ssl_fast.backbones._by_name", by_name)
+    found = plan("regnet", 8, 8, "1GiB", stem="imagenet")
+    assert found.model == "regnet" and found.best is found.rows[0] and "stem=imagenet" in str(found)
 
 
 @pytest.mark.parametrize(

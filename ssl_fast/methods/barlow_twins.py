@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ssl_fast._distributed import Strategy
-from ssl_fast.cached import CachedStep
+from ssl_fast.cached import CachedStep, check_rows_of_head
 from ssl_fast.ops.barlow_twins import BarlowTwinsLoss
 
 
@@ -51,7 +51,8 @@ class BarlowTwins(nn.Module):
         return step(nn.Sequential(self.encoder, self.head), (view1, view2), self.loss)
 
     def check_batch(self, images: int, micro_batch: int | str | None = None) -> None:
-        """Any batch fits."""
+        """Raise where a batch of so many images on each process leaves the head's batch norm one, in micro-batches."""
+        check_rows_of_head(self.head, images, micro_batch)
 
 
 def projector(features: int, dim: int) -> nn.Sequential:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_fast._distributed import Strategy
-from ssl_fast.cached import CachedStep
+from ssl_fast.cached import CachedStep, check_rows_of_head
 from ssl_fast.ops.nt_xent import NTXentLoss
 
 HEADS = ("nonlinear", "linear", "none")
@@ -64,7 +64,8 @@ class SimCLR(nn.Module):
         return step(through, (view1, view2), self.loss, whole=lambda: self(view1, view2))
 
     def check_batch(self, images: int, micro_batch: int | str | None = None) -> None:
-        """Any batch fits."""
+        """Raise where a batch of so many images on each process leaves the head's batch norm one, in micro-batches."""
+        check_rows_of_head(self.head, images, micro_batch)
 
 
 def projection_head(kind: str, features: int, dim: int) -> nn.Module:

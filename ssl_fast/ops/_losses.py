@@ -119,7 +119,8 @@ def row_loss(
 def _debiased(d: Tensor, pos: Tensor, temperature: Tensor, n: Tensor, tau_plus: float) -> Tensor:
     """log(max((e^d - n tau) / (1 - tau), n exp((-1 - s_p) / t))), without overflow."""
     least = n.log() - (1 + pos) / temperature
-    above = ~(d <= (n * tau_plus).log())  # NaN too, which stays
+    # By the share that is taken away as well, which rounds to all of it just above the bound. NaN stays: it is above.
+    above = ~((d <= (n * tau_plus).log()) | (n * tau_plus * torch.exp(-d) >= 1))
     safe = torch.where(above, d, d.detach().clamp(min=0) + (n * tau_plus).log().clamp(min=0) + 1)
     corrected = safe + torch.log1p(-n * tau_plus * torch.exp(-safe)) - math.log1p(-tau_plus)
     return torch.where(above, torch.maximum(corrected, least), least)

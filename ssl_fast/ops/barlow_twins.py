@@ -152,7 +152,8 @@ class _BarlowTwins(torch.autograd.Function):
     C's rows, from all rows gathered, and gradients are reduce-scattered.
 
     a and b are in the dtype of sums, and C's diagonal is theirs: where the views are near each other, 1 - C_dd is far
-    smaller than what rounding to 16 bits would make of it. `dtype` is that of the products on a GPU.
+    smaller than what rounding to 16 bits would make of it. `dtype` is that of the products on a GPU; what is taken from
+    their squares is the diagonal of what they multiply, or nothing would cancel.
     """
 
     @staticmethod
@@ -161,18 +162,18 @@ class _BarlowTwins(torch.autograd.Function):
     ) -> Tensor:
         N, D = (len(a) if ranks is None else ranks.total), a.shape[1]
         by_rows = D >= 2 * N or (ranks is not None and ranks.strategy == "ring")
-        diagonal = a.new_zeros(D, dtype=torch.float64)
-        for rows in _pieces(len(a), D):
-            diagonal += (a[rows] * b[rows]).sum(0, dtype=torch.float64)
-        if ranks is not None:
-            diagonal = ranks.all_reduce(diagonal)
-        diagonal = diagonal / N
         inputs = a, b
-        if a.is_cuda:
-            a, b = a.to(dtype), b.to(dtype)
+        a, b = _rounded(a, dtype), _rounded(b, dtype)
+        diagonals = [_diagonal(*inputs)]
+        if by_rows and a.dtype != inputs[0].dtype:
+            diagonals.append(_diagonal(a, b))
+        sums = torch.stack(diagonals)
+        if ranks is not None:
+            sums = ranks.all_reduce(sums)
+        diagonal, multiplied = sums[0] / N, sums[-1] / N
         on_diagonal = None
         if gradients:
-            on_diagonal = 2 / N * (diagonal - 1 - (lambda_param * diagonal if by_rows else 0))
+            on_diagonal = 2 / N * (diagonal - 1 - (lambda_param * multiplied if by_rows else 0))
             on_diagonal = on_diagonal.to(inputs[0].dtype)
         options = (1 / N, lambda_param, gradients)
         if ranks is None and by_rows:
@@ -205,7 +206,7 @@ class _BarlowTwins(torch.autograd.Function):
         if ranks is not None:
             squares = ranks.all_reduce(squares)
         if by_rows:
-            squares = squares - diagonal.square().sum()
+            squares = squares - multiplied.square().sum()
         if gradients:
             ctx.save_for_backward(da, db, *inputs)  # for what would differentiate twice
             ctx.ranks = ranks
@@ -218,6 +219,19 @@ class _BarlowTwins(torch.autograd.Function):
             grad = ctx.ranks.all_reduce(grad)
         da, db, *_ = ctx.saved_tensors
         return da * grad, db * grad, None, None, None, None
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As it is multiplied."""
+    return x.to(dtype) if x.is_cuda else x
+
+
+def _diagonal(a: Tensor, b: Tensor) -> Tensor:
+    """N times C's diagonal, in fp64."""
+    diagonal = a.new_zeros(a.shape[1], dtype=torch.float64)
+    for rows in _pieces(len(a), a.shape[1]):
+        diagonal += (a[rows].to(accumulator(a)) * b[rows].to(accumulator(b))).sum(0, dtype=torch.float64)
+    return diagonal
 
 
 def _share(D: int, ranks: Ranks) -> slice:
@@ -265,7 +279,7 @@ def barlow_twins(
     group = processes(gather_distributed, group, strategy)
     z_a, z_b = _losses.check_embeddings("z_a", z_a, "z_b", z_b, empty=group is not None)
     check_weights(lambda_param, eps)
-    ranks = share(z_a, group, strategy, requires_grad=records(z_a, z_b))
+    ranks = share(z_a, group, strategy, z_a_requires_grad=records(z_a), z_b_requires_grad=records(z_b))
     rows = len(z_a) if ranks is None else ranks.total
     if rows < 2:
         raise ValueError(f"z_a: got {rows} row, allowed: at least 2 to standardise over; use a larger batch")
