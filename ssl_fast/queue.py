@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_fast._distributed import count_processes, processes, share
+from ssl_fast._distributed import processes, share
 
 
 class KeyQueue(nn.Module):
     """The last `size` keys, row-major, so that a loss reads them as they lie.
 
-    Random unit rows until they are filled, of torch's generator; where several processes fill it, of one seed, the same
-    on each whatever their generators: build it once the process group is there. What is enqueued overwrites the oldest
-    keys in place, wrapping at any batch size; the position stays on the device, and all is in the state dict.
+    Random unit rows until they are filled, the same on every process with gather_distributed. What is enqueued
+    overwrites the oldest keys in place, wrapping at any batch size; the position stays on the device, and all is in the
+    state dict.
 
     Args:
         size: how many keys.
@@ -58,8 +58,7 @@ class KeyQueue(nn.Module):
                 raise ValueError(f"{name}: got {value!r}, allowed: a whole number >= 1")
         self.gather_distributed, self.group = gather_distributed or group is not None, group
         # The negatives of a loss over several processes are the same on each, whatever their seeds.
-        several = self.gather_distributed and count_processes(group) > 1
-        same = torch.Generator().manual_seed(0) if several else None
+        same = torch.Generator().manual_seed(0) if self.gather_distributed else None
         keys = torch.randn(size, dim, generator=same, device="cpu" if same else None)
         self.register_buffer("keys", F.normalize(keys.to(torch.get_default_device())))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))

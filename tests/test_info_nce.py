@@ -656,17 +656,6 @@ def test_options_of_nt_xent_against_their_formulas():
 # ---- the memory bank
 
 
-def test_a_queue_that_one_process_fills_starts_from_the_generator():
-    """With gather_distributed too, so that two queues, or two seeds, are not of one start."""
-    first, second = (KeyQueue(5, 2, gather_distributed=True).keys for _ in range(2))
-    assert not torch.equal(first, second)
-    started = []
-    for gather in (False, True):
-        torch.manual_seed(3)
-        started.append(KeyQueue(5, 2, gather_distributed=gather).keys)
-    assert torch.equal(*started)
-
-
 def test_a_queue_wraps_at_any_batch_size_and_is_in_the_state_dict():
     queue = KeyQueue(5, 2, normalize=False).to(DEVICE)
     rows = torch.arange(40.0, device=DEVICE).view(20, 2)
