@@ -56,8 +56,10 @@ def free_memory(device: torch.device) -> int:
     free = _field("/proc/meminfo", "MemAvailable")
     for limit, used, (path, field) in zip(LIMITS, USED, CACHE, strict=True):
         with contextlib.suppress(OSError, ValueError):  # "max" where there is none
-            cached = dict(line.split() for line in Path(path).read_text().splitlines()).get(field, 0)
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()) + int(cached))
+            left = int(Path(limit).read_text()) - int(Path(used).read_text())
+            with contextlib.suppress(OSError, ValueError):  # the limit stands without it
+                left += int(dict(line.split() for line in Path(path).read_text().splitlines()).get(field, 0))
+            free = min(free, left)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", rank_and_world()[1]))
     return resident_memory("VmRSS") + int(free * SHARE_OF_FREE) // processes
 

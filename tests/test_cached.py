@@ -453,6 +453,10 @@ def test_free_memory_of_a_container(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "CACHE", ((str(tmp_path / "stat"), "inactive_file"), ("none", "total_inactive_file")))
     free = memory.free_memory(torch.device("cpu")) - memory.resident_memory("VmRSS")
     assert free == pytest.approx(0.9 * 8 * 10**8, abs=2**24)
+    for stat in ("no numbers here\n", "anon 5\n", None):  # the limit stands without it
+        (tmp_path / "stat").write_text(stat) if stat else (tmp_path / "stat").unlink()
+        free = memory.free_memory(torch.device("cpu")) - memory.resident_memory("VmRSS")
+        assert free == pytest.approx(0.9 * 10**8, abs=2**24)
 
 
 def test_running_out_is_an_error_where_nothing_is_left_to_halve():
