@@ -54,6 +54,11 @@ def check_arguments(given: dict[str, Any]) -> dict[str, Any]:
     for key in ("lr", "weight_decay", "warmup_epochs"):
         if config[key] is not None and not 0 <= config[key] < math.inf:
             raise ValueError(f"{key}: got {config[key]!r}, allowed: a finite number >= 0")
+    if config["warmup_epochs"] is not None and config["warmup_epochs"] > config["epochs"]:
+        raise ValueError(
+            f"warmup_epochs: got {config['warmup_epochs']} with epochs={config['epochs']}, allowed: at most epochs; "
+            "the learning rate would never reach lr"
+        )
     micro_batch, memory = config["micro_batch"], config["memory"]
     if micro_batch is not None:
         CachedStep(micro_batch, memory)

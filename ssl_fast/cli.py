@@ -85,6 +85,8 @@ def _parse(command: Callable[..., Any], words: list[str]) -> tuple[list[str], di
         key, equals, value = word.partition("=")
         if word in names:
             continue
+        if equals and not value:
+            raise ValueError(f"{key}: got nothing after '=', allowed: a value; leave {key}= out for its default")
         if not equals:
             raise ValueError(f"got {word!r}, allowed: key=value, such as {_example(command, word)}")
         pairs[key.removeprefix("--")] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -145,11 +146,11 @@ def build_optimizer(
     return torch.optim.SGD(groups, lr=lr, momentum=0.9) if name == "sgd" else torch.optim.AdamW(groups, lr=lr)
 
 
-def warmup_cosine(step: int, total: int, warmup: int = 0) -> float:
-    """The factor on the learning rate of step 0, 1, ..., total - 1: linear warm-up, then half a cosine towards 0.
+def warmup_cosine(step: int, total: int, warmup: int = 0, last: float = 0.0) -> float:
+    """The factor on the learning rate of step 0, 1, ..., total - 1: linear warm-up, then half a cosine towards `last`.
 
-        (step + 1) / warmup                                          step < warmup
-        (1 + cos(pi * (step - warmup) / (total - warmup))) / 2       otherwise; no restarts
+        (step + 1) / warmup                                                  step < warmup
+        last + (1 - last) (1 + cos(pi (step - warmup) / (total - warmup))) / 2    otherwise; no restarts
 
     A function of the step alone, so that a resumed run has no schedule to restore.
 
@@ -159,7 +160,7 @@ def warmup_cosine(step: int, total: int, warmup: int = 0) -> float:
     """
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def warmup_steps(step: int, total: int, warmup: int = 0) -> float:
@@ -175,4 +176,8 @@ def warmup_steps(step: int, total: int, warmup: int = 0) -> float:
     return (1.0, 0.1, 0.01)[(5 * step >= 3 * total) + (5 * step >= 4 * total)]
 
 
-SCHEDULES: dict[str, Callable[[int, int, int], float]] = {"cosine": warmup_cosine, "step": warmup_steps}
+SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
+    "cosine": warmup_cosine,
+    "cosine_0.001": functools.partial(warmup_cosine, last=0.001),  # Barlow Twins, section 2.2
+    "step": warmup_steps,
+}

@@ -219,7 +219,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         reason = "it is not of tensors and plain values" if isinstance(error, pickle.UnpicklingError) else error
         raise ValueError(
             f"checkpoint: {path} is not a checkpoint of ssl_fast.train ({reason}), "
-            "allowed: checkpoints/last.pt of a run"
+            "allowed: checkpoints/last.pt of a run; where that is damaged, give an earlier one (keep_every), or train "
+            "again with overwrite=true"
         ) from error
     return saved
 
@@ -231,8 +232,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: got {name!r}, allowed: auto, cpu, cuda, cuda:N ({error})") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # what follows is a page of PyTorch's inner workings
+        raise ValueError(f"device: got {name!r}, allowed: auto, cpu, cuda, cuda:N ({reason})") from error
     return device
 
 

@@ -102,7 +102,8 @@ def train(
         lr: peak learning rate; default 0.3 (lars; 0.2 for barlow_twins, whose biases learn at 0.024 of it), 0.03 (sgd)
             or 5e-4 (adamw) times batch_size / 256.
         weight_decay: default 1e-6 (barlow_twins 1.5e-6), 1e-4 or 0.05; never on biases and normalisation.
-        schedule: "cosine" (simclr, barlow_twins, moco_v2), or "step" (moco_v1): x 0.1 at 60% and at 80% of the epochs.
+        schedule: "cosine" (simclr, moco_v2), "cosine_0.001" (barlow_twins), which ends at a thousandth of lr, or "step"
+            (moco_v1): x 0.1 at 60% and at 80% of the epochs.
         warmup_epochs: of linear warm-up before; default a tenth of the epochs, at most 10; 0 for moco.
         precision: "fp32", or "bf16" for autocast (the loss is fp32 in any case).
         accelerate: put ssl_fast's fused norms into the encoder and the head, as `ssl_fast.accelerate` does; checkpoints

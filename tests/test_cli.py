@@ -45,6 +45,7 @@ def test_overview_and_help(capsys):
         ("train out=x bath_size=4", "unknown key 'bath_size', did you mean 'batch_size'? allowed: out, data, method"),
         ("train out=x hed=linear", "did you mean 'head'?"),
         ("train out=x loss=dense", "unknown key 'loss'"),
+        ("train out= data=digits", "out: got nothing after '=', allowed: a value"),
         ("train out=x epochs=ten", "epochs: got 'ten', allowed: a whole number"),
         ("train out=x epochs=1.5", "epochs: got '1.5', allowed: a whole number"),
         ("train out=x lr=fast", "lr: got 'fast', allowed: a number or none"),

@@ -1,12 +1,14 @@
 """LARS against its equation in fp64, the schedule, and the parameter groups."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from ssl_fast.optim import LARS, build_optimizer, parameter_groups, warmup_cosine
+from ssl_fast.methods import METHODS
+from ssl_fast.optim import LARS, SCHEDULES, build_optimizer, parameter_groups, warmup_cosine
 
 
 def lars_of_the_docstring(w, v, g, lr, momentum, weight_decay, eta, adapt):
@@ -96,3 +98,9 @@ def test_schedule_warms_up_linearly_then_falls_as_a_cosine():
     assert factors[10] == 1 and factors[60] == pytest.approx(0.5) and 0 < factors[109] < 1e-3
     assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
     assert warmup_cosine(0, total=1) == 1 and warmup_cosine(0, total=1, warmup=1) == 1
+
+
+def test_barlow_twins_schedule_ends_at_a_thousandth():
+    schedule, q = SCHEDULES[METHODS["barlow_twins"].schedule], 0.5 * (1 + math.cos(math.pi * 70 / 100))
+    assert schedule(80, 110, 10) == pytest.approx(q + 0.001 * (1 - q))  # the authors' own formula
+    assert [schedule(step, 110, 10) for step in (4, 10, 110)] == pytest.approx([0.5, 1, 0.001])

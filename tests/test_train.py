@@ -285,7 +285,7 @@ def test_what_is_not_a_checkpoint(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"no checkpoint")
     torch.save({"weight": torch.ones(1)}, tmp_path / "b.pt")
     for name in ("a.pt", "b.pt"):
-        with pytest.raises(ValueError, match=f"{name} is not a checkpoint"):
+        with pytest.raises(ValueError, match=f"{name} is not a checkpoint.*where that is damaged, give an earlier one"):
             read_checkpoint(tmp_path / name)
 
 
@@ -303,7 +303,10 @@ def test_what_is_not_a_checkpoint(tmp_path):
         ({"optimizer": "adam"}, "optimizer: got 'adam', did you mean 'adamw'"),
         ({"augment": "none"}, "augment: got 'none'"),
         ({"device": "cuda:99"}, "device: got 'cuda:99'"),
+        ({"device": "mps"}, r"device: got 'mps', allowed: auto, cpu, cuda, cuda:N \([^\n]{5,200}\)$"),
         ({"temperature": -1.0}, "temperature: got -1.0"),
+        ({"temperature": float("inf")}, "temperature: got inf, allowed: a float above 0 and finite"),
+        ({"warmup_epochs": 3, "epochs": 2}, "warmup_epochs: got 3 with epochs=2, allowed: at most epochs"),
         ({"temprature": 1.0}, "unknown argument 'temprature', did you mean 'temperature'"),
     ],
 )

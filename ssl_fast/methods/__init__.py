@@ -49,7 +49,7 @@ METHODS = {
     "barlow_twins": Method(
         BarlowTwins,
         "lars",
-        "cosine",
+        "cosine_0.001",
         0.1,
         "barlow_twins",
         "barlow_twins_small",

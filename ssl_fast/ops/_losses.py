@@ -198,7 +198,7 @@ _LEAST_TEMPERATURE = 1e-37
 def check_temperature(temperature: float | Tensor, z: Tensor) -> Tensor:
     """As a tensor () on z's device, in the dtype of sums."""
     dtype = accumulator(z)
-    if isinstance(temperature, float) and temperature > _LEAST_TEMPERATURE:
+    if isinstance(temperature, float) and _LEAST_TEMPERATURE < temperature < math.inf:
         return torch.scalar_tensor(temperature, dtype=dtype, device=z.device)
     check_temperature_alone(temperature)
     if isinstance(temperature, Tensor):
@@ -216,8 +216,8 @@ def check_temperature_alone(temperature: object) -> None:
             )
     elif isinstance(temperature, bool) or not isinstance(temperature, (int, float, numbers.Real)):
         raise TypeError(f"temperature: got {temperature!r}, allowed: a float above 0, or a tensor of one element")
-    elif not float(temperature) > _LEAST_TEMPERATURE:
-        raise ValueError(f"temperature: got {temperature}, allowed: a float above 0, such as 0.1 or 0.5")
+    elif not _LEAST_TEMPERATURE < float(temperature) < math.inf:
+        raise ValueError(f"temperature: got {temperature}, allowed: a float above 0 and finite, such as 0.1 or 0.5")
 
 
 def check_options(
