@@ -818,7 +818,7 @@ Q = torch.ones(4, 3)
         (lambda: clip(Q, Q, 1.0, torch.ones(3)), r"logit_bias: got shape \(3,\) of torch.float32, allowed: a number"),
         (lambda: clip(Q, Q, 1.0, "b"), "logit_bias: got 'b', allowed: a number"),
         (lambda: NTXentLoss(foo=1), "foo: got an option that nt_xent does not have, allowed: normalize, "),
-        (lambda: NTXentLoss(0.1, (8, 3), foo=1), "foo: got an option that info_nce does not have, allowed: in_batch"),
+        (lambda: NTXentLoss(0.1, (8, 3), foo=1), "foo: got an option that info_nce does not have, allowed: paired_neg"),
         (lambda: InfoNCE(foo=1), "foo: got an option that info_nce does not have, allowed: in_batch, normalize"),
         (lambda: CLIPLoss(foo=1), "foo: got an option that clip does not have"),
         (lambda: SupConLoss(group_ids=None), "group_ids: got an option that sup_con does not have"),
