@@ -208,11 +208,11 @@ class Op:
 
     def _load(self, backend: str) -> Callable[..., Any]:
         if backend == "reference":
-            return _without_autocast(self.reference)
+            return without_autocast(self.reference)
         if backend == "native":
             return getattr(torch.ops.ssl_fast_native, self.name).default._op  # type: ignore[no-any-return]
         module, launcher = self.triton.split(":")  # type: ignore[union-attr]
-        return _without_autocast(getattr(importlib.import_module(module), launcher))
+        return without_autocast(getattr(importlib.import_module(module), launcher))
 
 
 def _traced() -> bool:
@@ -248,7 +248,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """An op has decided its dtypes; autocast must not round the products inside it again."""
 
     @functools.wraps(function)

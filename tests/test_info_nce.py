@@ -778,6 +778,19 @@ def test_autocast_casts_as_for_a_matrix_product():
     torch.testing.assert_close(loss, info_nce(*(x.bfloat16() for x in (q, k, n))))
 
 
+def test_autocast_rounds_no_similarity():
+    """Neither those of each query's own negatives, nor the sums that smoothing takes beside the operators."""
+    q, k, n, paired = tensors((8, 12), (8, 12), (40, 12), (8, 5, 12), dtype=torch.float32)
+    low = [x.bfloat16() for x in (q, k, n)]
+    for options in ({}, {"label_smoothing": 0.3}):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = info_nce(q, k, n, paired_negative_keys=paired, in_batch=True, **options)
+        expected = info_nce(*low, paired_negative_keys=paired.bfloat16(), in_batch=True, **options)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        gradients = [torch.autograd.grad(x, (q, paired)) for x in (loss, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
 Q = torch.ones(4, 3)
 
 

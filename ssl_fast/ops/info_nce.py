@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_fast._distributed import Ranks, Strategy, processes, share
-from ssl_fast._op import HALF_AND_FLOAT, Op, records
+from ssl_fast._op import HALF_AND_FLOAT, Op, records, without_autocast
 from ssl_fast.ops import _losses
 from ssl_fast.ops._losses import Reduction, accumulator, apart, differentiable_once, positive, tangent, to_rows
 
@@ -509,6 +509,7 @@ def info_nce(
     negatives: int | Tensor = 0
     negative_sum = torch.zeros_like(pos) if label_smoothing else None
 
+    @without_autocast
     def total(keys: Tensor, ranks: Ranks | None = None) -> Tensor:
         keys = to_rows(keys, False)
         length = torch.linalg.vector_norm(keys, dim=1).clamp(min=1e-12) if normalize else keys.new_ones(len(keys))
@@ -566,7 +567,7 @@ def info_nce(
                 "query", query, "paired_negative_keys", paired.flatten(0, 1), alike=False
             )
             paired = rows.view_as(paired)
-        s = torch.einsum("nd,nmd->nm", to_rows(q, normalize), to_rows(paired, normalize))
+        s = _paired_similarities(to_rows(q, normalize), to_rows(paired, normalize))
         lses.append(torch.logsumexp(s / positive(t), 1))
         negatives = negatives + paired.shape[1]
         if negative_sum is not None:
@@ -589,6 +590,12 @@ def info_nce(
     )  # fmt: skip
     loss = _losses.reduce(loss, reduction, sample_weight, ranks)
     return (loss, torch.logaddexp(lse, scaled)) if return_lse else loss
+
+
+@without_autocast
+def _paired_similarities(x: Tensor, y: Tensor) -> Tensor:
+    """(N, M) of x (N, D) and y (N, M, D), in their dtype."""
+    return torch.einsum("nd,nmd->nm", x, y)
 
 
 def matches(ids: Tensor, others: Tensor) -> Tensor:
