@@ -23,17 +23,17 @@ from benches import common
 from benches.common import DEVICE, Provider, Step, Table
 from ssl_fast.functional import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-# Ours, a shape, and how many copies of it a forward and a backward pass cannot go below.
-NORMS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...], float]] = {
-    "BatchNorm1d": (fast.BatchNorm1d, (4096, 512), 4.0),
-    "BatchNorm2d": (fast.BatchNorm2d, (64, 64, 28, 28), 4.0),
-    "BatchNorm3d": (fast.BatchNorm3d, (8, 32, 8, 28, 28), 4.0),
-    "SyncBatchNorm": (lambda width: ssl_fast.convert_sync_batchnorm(nn.BatchNorm2d(width)), (64, 64, 28, 28), 4.0),
-    "InstanceNorm1d": (partial(fast.InstanceNorm1d, affine=True), (64, 64, 784), 2.5),
-    "InstanceNorm2d": (partial(fast.InstanceNorm2d, affine=True), (64, 64, 28, 28), 2.5),
-    "InstanceNorm3d": (partial(fast.InstanceNorm3d, affine=True), (8, 32, 8, 28, 28), 2.5),
-    "LayerNorm": (fast.LayerNorm, (4096, 384), 2.5),
-    "LayerNorm2d": (fast.LayerNorm2d, (64, 96, 28, 28), 2.5),
+COPIES = 2.5  # x, y; dy, x, dx: what a norm's forward and backward pass cannot go below
+NORMS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
+    "BatchNorm1d": (fast.BatchNorm1d, (4096, 512)),
+    "BatchNorm2d": (fast.BatchNorm2d, (64, 64, 28, 28)),
+    "BatchNorm3d": (fast.BatchNorm3d, (8, 32, 8, 28, 28)),
+    "SyncBatchNorm": (lambda width: ssl_fast.convert_sync_batchnorm(nn.BatchNorm2d(width)), (64, 64, 28, 28)),
+    "InstanceNorm1d": (partial(fast.InstanceNorm1d, affine=True), (64, 64, 784)),
+    "InstanceNorm2d": (partial(fast.InstanceNorm2d, affine=True), (64, 64, 28, 28)),
+    "InstanceNorm3d": (partial(fast.InstanceNorm3d, affine=True), (8, 32, 8, 28, 28)),
+    "LayerNorm": (fast.LayerNorm, (4096, 384)),
+    "LayerNorm2d": (fast.LayerNorm2d, (64, 96, 28, 28)),
 }
 FOLDED = {"conv": (512, 512, 3, 3), "linear": (2048, 2048)}
 QUEUE = (256, 65536, 128)  # keys, K, dim
@@ -58,7 +58,7 @@ def theirs(name: str, channels: int) -> nn.Module:
 
 
 def norm(name: str, shrink: int) -> Table:
-    ours, shape, copies = NORMS[name]
+    ours, shape = NORMS[name]
     shape = (max(2, shape[0] // shrink), *shape[1:])
     width = shape[1]
 
@@ -81,7 +81,7 @@ def norm(name: str, shrink: int) -> Table:
         return common.relative_error([module(x())], [plain(x().double())])
 
     makes = {"torch": partial(theirs, name), "ssl_fast": ours}
-    found = [Provider(p, partial(build, m), work=copies, error=partial(error, m)) for p, m in makes.items()]
+    found = [Provider(p, partial(build, m), work=COPIES, error=partial(error, m)) for p, m in makes.items()]
     moved = 2 * 4.0 * math.prod(shape)
     return Table("modules", f"{name} {'x'.join(map(str, shape))}", [common.copy_of(x), *found], bytes=moved)
 

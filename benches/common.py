@@ -55,6 +55,7 @@ BARS = 12  # of a profile
 COPY, PRODUCT = "copy_", "mm(out=)"  # the two floors
 SIDE = 4096 if DEVICE == "cuda" else 1024  # of a product that runs at full speed
 SQUARE = 2.0 * SIDE**3  # its flop
+LARGEST_PRODUCT = 1 << 30  # bytes of a floor's output: the floor is there for batches that no matrix of all pairs is
 
 Row = dict[str, Any]
 Step = Callable[[], Any]
@@ -109,13 +110,14 @@ def copy_of(x: Callable[[], Tensor], dtype: str = "float32") -> Provider:
 
 
 def product_of(N: int, K: int, D: int, dtype: str = "float32") -> Provider:
-    """The floor of what multiplies: (N, D) by (D, K) into a kept output."""
+    """The floor of what multiplies: (N, D) by (D, K) into a kept output; by blocks of rows where that is large."""
 
     def build() -> Step:
         kind = getattr(torch, dtype)
         x, y = torch.randn(N, D, device=DEVICE, dtype=kind), torch.randn(K, D, device=DEVICE, dtype=kind)
-        kept = torch.empty(N, K, device=DEVICE, dtype=kind)
-        return lambda: torch.mm(x, y.T, out=kept)
+        rows = min(N, LARGEST_PRODUCT // (K * kind.itemsize))
+        kept = torch.empty(rows, K, device=DEVICE, dtype=kind)
+        return lambda: [torch.mm(block, y.T, out=kept[: len(block)]) for block in x.split(rows)]
 
     return Provider(PRODUCT, build, dtype, work=1.0, floor=PRODUCT)
 
@@ -181,10 +183,10 @@ def measure(table: Table, seconds: float, allocator: str = "default", quick: boo
             continue
         row |= timing(measured[p.key])
         row |= {"ms_warm_l2": timing(warm[p.key])["ms"]} if warm else {}
-        row["ratio"] = row["ms"] / rows[0]["ms"]
+        row |= {"ratio": row["ms"] / rows[0]["ms"]} if "ms" in rows[0] else {}
         if p.work is not None:
             floor = p.floor or first
-            row["x_floor"] = row["ms"] / floor_ms[floor] / p.work
+            row |= {"x_floor": row["ms"] / floor_ms[floor] / p.work} if floor in floor_ms else {}
             row |= {"tflops": p.work * table.flop / row["ms"] / 1e9} if table.flop and floor != COPY else {}
             row |= {"gb_per_s": p.work * table.bytes / row["ms"] / 1e6} if table.bytes and floor != PRODUCT else {}
         if allocator == "default" and p.name not in floors and not p.elsewhere:

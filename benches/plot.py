@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ README = common.ROOT / "README.md"
 DOCS = common.ROOT / "docs"
 KERNELS = DOCS / "kernels.md"
 FLOORS = (common.COPY, common.PRODUCT, "copy of as many bytes", "copy of the weights", "matrix products")
+OUT_OF_MEMORY = "out of memory"  # what stands where a row has no time
 # Not what a user calls, or not the one that is chosen.
 NOT_THE_PRODUCT = ("kernels", "forward alone", "reference", "stochastic")
 
@@ -29,7 +31,7 @@ NORMS = {"batch_norm": "", "layer_norm": "LN ", "instance_norm": "IN "}  # the s
 STEPS = {"ema": "EMA", "moco": "MoCo step", "accelerate": "training step", "two_views": "views"}
 PARTS = ("data", "encoder", "loss", "optimizer", "ema")
 # Steps of the floor's in one of an op, as its bench has it and docs/kernels.md derives it.
-WORK = {"nt_xent": 2.0, "info_nce": 2.0, "clip": 3.0, "sup_con": 2.0, "barlow_twins": 1.0, "batch_norm": 5.0,
+WORK = {"nt_xent": 2.0, "info_nce": 2.0, "clip": 3.0, "sup_con": 2.0, "barlow_twins": 1.0, "batch_norm": 3.5,
         "layer_norm": 2.5, "instance_norm": 2.5, "ema": 1.0, "lars": 2.5, "conv_bn refresh": 1.0,
         "two_views": 0.5, "knn": 1.0}  # fmt: skip
 PLAIN = ("dense PyTorch", "mm + cat + cross_entropy", "eager", "mul_ add_", "torch.fx fuse", "torchvision",
@@ -52,17 +54,21 @@ def norm_block() -> str:
         keys = ("op", "shape", "dtype", "allocator")
         for op, shape, dtype, allocator in dict.fromkeys(tuple(r[k] for k in keys) for r in here):
             own = [r for r in here if tuple(r[k] for k in keys) == (op, shape, dtype, allocator)]
-            ms = {r["provider"]: float(r["ms"]) for r in own}
+            ms = {r["provider"]: time(r) for r in own if r["ms"]}
             off = {r["provider"]: r["error"] for r in own}
+
+            def ratio(one: str, other: str, ms: dict[str, float] = ms) -> float | str:
+                return ms[one] / ms[other] if {one, other} <= ms.keys() else OUT_OF_MEMORY
+
             found.append(
                 {
                     "tensor": unbroken(NORMS[op] + shape),
                     "dtype": dtype,
                     "allocator": allocator,
-                    "ssl_fast ms": ms["ssl_fast"],
-                    "x faster than eager": ms["eager"] / ms["ssl_fast"],
-                    "than torch.compile": ms["torch.compile"] / ms["ssl_fast"],
-                    "kernels, copies of the tensor": ms["ssl_fast kernels"] / ms["copy_"],
+                    "ssl_fast ms": ms.get("ssl_fast", OUT_OF_MEMORY),
+                    "x faster than eager": ratio("eager", "ssl_fast"),
+                    "than torch.compile": ratio("torch.compile", "ssl_fast"),
+                    "kernels, copies of the tensor": ratio("ssl_fast kernels", "copy_"),
                     "error": off["ssl_fast"],
                     "error of eager": off["eager"],
                 }
@@ -82,7 +88,7 @@ def loss_block() -> str:
                 "shape": unbroken(row["shape"].replace("=", " ")),
                 "inputs": row["dtype"],
                 "provider": row["provider"],
-                "ms": row["ms"] or "out of memory",
+                "ms": row["ms"] or OUT_OF_MEMORY,
                 "x one product": row["ratio"],
                 "peak extra MB": row["extra_mb"],
                 "gradient error": row["error"],
@@ -104,7 +110,7 @@ def step_block() -> str:
                 "of": row["shape"].removesuffix(", training step"),
                 "dtype": row["dtype"],
                 "provider": row["provider"],
-                "ms": row["ms"],
+                "ms": row["ms"] or OUT_OF_MEMORY,
                 "images/s": images_a_second(row),
                 "ratio": row["ratio"],
                 "to": row["to"],
@@ -124,7 +130,7 @@ def fold_block() -> str:
         found = []
         for shape in dict.fromkeys(r["shape"] for r in here):
             own = {r["provider"]: r for r in here if r["shape"] == shape}
-            line: common.Row = {"network": unbroken(shape), "unfolded ms": own["unfolded"]["ms"]}
+            line: common.Row = {"network": unbroken(shape), "unfolded ms": own["unfolded"]["ms"] or OUT_OF_MEMORY}
             columns = {
                 "ssl_fast folded": "folded, of its time",
                 "torch.fx fuse": "torch.fx",
@@ -139,7 +145,12 @@ def fold_block() -> str:
 
     def refreshes(here: Rows) -> list[common.Row]:
         return [
-            {"refresh of": unbroken(r["shape"]), "provider": r["provider"], "ms": r["ms"], "x a copy": r["ratio"]}
+            {
+                "refresh of": unbroken(r["shape"]),
+                "provider": r["provider"],
+                "ms": r["ms"] or OUT_OF_MEMORY,
+                "x a copy": r["ratio"],
+            }
             for r in here
         ]
 
@@ -175,7 +186,7 @@ def time(row: dict[str, str]) -> float:
 def images_a_second(row: dict[str, str]) -> float | str:
     """Of a shape that says how many images a step has."""
     found = re.search(r"(\d+)x3x|N (\d+) K|(\d+) images", row["shape"])
-    return int(next(filter(None, found.groups()))) / time(row) * 1e3 if found else ""
+    return int(next(filter(None, found.groups()))) / time(row) * 1e3 if found and row["ms"] else ""
 
 
 def simclr_block() -> str:
@@ -188,7 +199,7 @@ def simclr_block() -> str:
                 "precision": row["dtype"],
                 "provider": row["provider"],
                 "images/s": images_a_second(row),
-                "ms": row["ms"],
+                "ms": row["ms"] or OUT_OF_MEMORY,
                 "x plain PyTorch": row["ratio"],
                 "peak extra MB": row["extra_mb"],
                 "error of the loss": row["error"],
@@ -210,8 +221,8 @@ def data_block() -> str:
                 "step of SimCLR": row["shape"],
                 "views by": row["provider"],
                 "images/s": images_a_second(row),
-                "waiting for views": f"{float(row['data_wait']):.1%}",
-                "ms": row["ms"],
+                "waiting for views": f"{float(row['data_wait']):.1%}" if row["ms"] else "",
+                "ms": row["ms"] or OUT_OF_MEMORY,
                 "x ours": row["ratio"],
             }
             for row in here
@@ -272,7 +283,7 @@ def large_block() -> str:
         for row in here:
             step = found.setdefault(row["shape"], {"network, batch": unbroken(row["shape"])})
             pace = row["ms"] and int(row["shape"].split("batch=")[1].split()[0]) / time(row) * 1e3
-            step[row["provider"]] = f"{pace:.0f}/s, {float(row['extra_mb']):.0f} MB" if pace else "out of memory"
+            step[row["provider"]] = f"{pace:.0f}/s, {float(row['extra_mb']):.0f} MB" if pace else OUT_OF_MEMORY
         return list(found.values())
 
     return by_device(rows_of("large_batch"), lines)
@@ -347,7 +358,7 @@ def draw_nt_xent(rows: Rows, path: Path) -> None:
 # What our kernels do to a number, forward and backward, as docs/kernels.md counts it; and the passes over it, read or
 # written. Without a residual no mask is kept, and the backward finds the sign again.
 FLOP_OF_A_NUMBER = {"batch_norm": 20, "BN+ReLU": 23, "layer_norm": 29, "instance_norm": 16, "ema": 3}
-PASSES = {"batch_norm": 10, "BN+ReLU": 8, "layer_norm": 5, "instance_norm": 5, "ema": 3}
+PASSES = {"batch_norm": 7, "BN+ReLU": 5, "layer_norm": 5, "instance_norm": 5, "ema": 3}
 
 
 def roof_point(row: dict[str, str]) -> tuple[float, float]:
@@ -397,10 +408,10 @@ def draw_roofline(rows: Rows, path: Path) -> None:
 
 
 def draw_simclr(rows: Rows, path: Path) -> None:
-    """The parts of a step, a bar a provider, a column a device."""
+    """The parts of a step that memory sufficed for, a bar a provider, a column a device."""
     figure, axes = canvas(1, len(devices(rows)), size=(7 * len(devices(rows)), 3))
     for axis, device in zip(axes[0], devices(rows), strict=True):
-        here = [r for r in rows if r["device"] == device and r["provider"] not in FLOORS]
+        here = [r for r in rows if r["device"] == device and r["provider"] not in FLOORS and r["ms"]]
         providers = list(dict.fromkeys(r["provider"] for r in here))
         left = dict.fromkeys(providers, 0.0)
         for part in PARTS:
@@ -408,7 +419,7 @@ def draw_simclr(rows: Rows, path: Path) -> None:
             axis.barh(providers, [ms.get(p, 0.0) for p in providers], left=list(left.values()), label=part)
             left = {p: left[p] + ms.get(p, 0.0) for p in providers}
         whole = {r["provider"]: time(r) for r in here if r["op"] == "simclr"}
-        axis.plot([whole[p] for p in providers], providers, "k|", markersize=18, label="whole step")
+        axis.plot([whole.get(p, math.nan) for p in providers], providers, "k|", markersize=18, label="whole step")
         axis.invert_yaxis()
         axis.set(xlabel="ms", title=f"{here[0]['shape']}, {here[0]['dtype']}, on {device}")
         axis.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))

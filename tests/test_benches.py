@@ -26,6 +26,7 @@ import ssl_fast
 from benches import (
     bench_accelerate,
     bench_info_nce,
+    bench_nt_xent,
     bench_simclr,
     common,
     compare_findings,
@@ -329,6 +330,51 @@ def test_a_table_is_measured(tmp_path):
     rows = list(csv.DictReader(path.open()))
     assert [(r["shape"], r["provider"]) for r in rows] == [("other", "ours"), ("shape", "ours")]
     assert rows[0]["ms"] == "3" and rows[0]["x_floor"] == "" and rows[1]["commit"] and rows[1]["date"]
+
+
+WITHOUT_MEMORY = """
+import json, sys
+import torch
+from benches import common
+
+def step(megabytes):
+    return lambda: torch.ones(megabytes << 18).sum()
+
+def too_much():
+    raise torch.OutOfMemoryError("out of memory")
+
+lacking = sys.argv[1]
+found = [common.Provider("plain", lambda: step(1), work=1.0, floor=common.PRODUCT),
+         common.Provider("ssl_fast", lambda: step(1), work=1.0, floor=common.PRODUCT),
+         common.Provider(common.PRODUCT, lambda: step(1), work=1.0, floor=common.PRODUCT)]
+for p in found:
+    p.build = too_much if p.name == lacking else p.build
+print(json.dumps(common.measure(common.Table("op", "shape", found, flop=1e9), 0.0, quick=True)))
+"""
+
+
+@pytest.mark.parametrize("lacking", ["plain", common.PRODUCT])
+def test_what_others_are_held_against_may_run_out_of_memory(lacking):
+    """Their times are there all the same."""
+    command = [sys.executable, "-c", WITHOUT_MEMORY, lacking]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
+    rows = {row["provider"]: row for row in json.loads(output.splitlines()[-1])}
+    assert "ms" not in rows[lacking] and all("ms" in row for name, row in rows.items() if name != lacking)
+    assert ("ratio" in rows["ssl_fast"]) == (lacking != "plain")
+    assert ("x_floor" in rows["ssl_fast"]) == (lacking != common.PRODUCT)
+
+
+def test_the_floor_of_large_batches_is_in_blocks(monkeypatch):
+    """Of the same product, to the last row."""
+    monkeypatch.setattr(common, "LARGEST_PRODUCT", 4 * 7 * 3)
+    outputs = common.product_of(8, 7, 5).build()()
+    assert [tuple(block.shape) for block in outputs] == [(3, 7), (3, 7), (2, 7)]
+
+
+def test_the_truth_of_nt_xent_is_dense():
+    z1, z2 = (z.detach().double().requires_grad_() for z in bench_nt_xent.embeddings(600, 5, "bfloat16"))
+    dense = torch.autograd.grad(bench_nt_xent.dense(z1, z2), z1)
+    assert common.relative_error([bench_nt_xent.truth(600, 5, "bfloat16")], dense) < 1e-14
 
 
 def test_a_table_is_resumed_where_rows_of_it_lack(monkeypatch, tmp_path):
@@ -670,9 +716,9 @@ def test_the_flop_of_norms_is_what_the_page_adds_up():
     table = {line.split()[1]: line.split("|")[2] for line in page.splitlines() if line.endswith("copies |")}
     for op in ("batch_norm", "layer_norm", "instance_norm"):
         assert f" {plot.FLOP_OF_A_NUMBER[op]} a number" in table[op]
-    row = {"op": "batch_norm", "dtype": "float32", "gb_per_s": "40"}
-    assert plot.roof_point(row | {"shape": "BN+add+ReLU"}) == (0.5, 0.02)
-    assert plot.roof_point(row | {"shape": "rows BN+ReLU"})[0] == 23 / 8 / 4
+    row = {"op": "batch_norm", "dtype": "float32", "gb_per_s": "28"}
+    assert plot.roof_point(row | {"shape": "BN+add+ReLU"}) == pytest.approx((20 / 7 / 4, 0.02))
+    assert plot.roof_point(row | {"shape": "rows BN+ReLU"})[0] == 23 / 5 / 4
 
 
 def test_every_picture_is_on_a_page():
@@ -720,6 +766,27 @@ def test_pages_leave_out_the_floors_of_whole_steps(monkeypatch, tmp_path):
     assert plot.updated(readme) == readme
     assert (plot.DOCS / "simclr.svg").exists() and plot.draw(tmp_path)
     assert f">{common.PRODUCT}<" not in (tmp_path / "simclr.svg").read_text()
+
+
+@pytest.mark.parametrize("op", ["simclr", "simclr loss", "moco", "batch_norm", "layer_norm", "conv_bn", "nt_xent",
+                                "two_views", "two_views step", "large_batch", "ema"])  # fmt: skip
+def test_pages_show_what_ran_out_of_memory(op, monkeypatch, tmp_path):
+    """Each provider of an op in turn, at all of its shapes."""
+    rows = list(csv.DictReader(common.RESULTS.open()))
+    measured = ("ms", "ms_p20", "ms_p80", "ratio", "x_floor", "tflops", "gb_per_s", "data_wait", "extra_mb", "error")
+    readme = plot.README.read_text()
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "rows.csv")
+    for provider in dict.fromkeys(row["provider"] for row in rows if row["op"] == op):
+        with common.RESULTS.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            for row in rows:
+                lost = (row["op"], row["provider"]) == (op, provider)
+                writer.writerow(row | dict.fromkeys(measured, "") if lost else row)
+        page = plot.updated(readme)
+        shown = plot.place_block() + plot.large_block() + page
+        assert op.startswith("simclr ") or provider in plot.FLOORS or plot.OUT_OF_MEMORY in shown, provider
+        plot.draw(tmp_path)
 
 
 def test_pictures_come_out_the_same(tmp_path):
