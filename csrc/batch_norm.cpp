@@ -26,7 +26,8 @@ namespace {
 constexpr int64_t kWorthThreads = int64_t{128} << 10, kBlockBytes = int64_t{256} << 10, kMostBlocks = 64;
 constexpr int64_t kLeastRows = 64, kLeastOfPlanes = 4096;  // values of a channel in a block
 // Bytes of a channel's values that a cache holds until the second sweep, and as many such blocks as keep every thread busy.
-constexpr int64_t kCachedBytes = int64_t{2} << 20, kLeastBlocks = 16;
+// A block's x and dy, and those of the next one, which are fetched in its second sweep, fit into an L2 of 512 KiB.
+constexpr int64_t kCachedBytes = int64_t{2} << 20, kCachedBlockBytes = int64_t{128} << 10, kLeastBlocks = 16;
 // Outputs that no cache would hold until they are read are written past the caches.
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
 constexpr int64_t kMostLanes = 16;
@@ -97,7 +98,7 @@ struct Task : Problem {
     if (groups > 0 && owners >= kLeastBlocks && own <= kCachedBytes) {
       groups = 1;
       lines_a_block = lines;
-      if (planes) channels_a_block = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(own, 1), 1, channels);
+      if (planes) channels_a_block = std::clamp<int64_t>(kCachedBlockBytes / std::max<int64_t>(own, 1), 1, channels);
     }
     parts = channels == 0 ? 0 : ceil_div(channels, channels_a_block);
   }
@@ -136,9 +137,10 @@ struct Task : Problem {
       failure.guard([&] {
         const Buffer<float> work(kernels().work(*this, channels_a_block));
         for (int64_t i = begin; i < end; ++i) {
-          const Block b = block(i);
+          Block b = block(i);
           const int64_t at = ((i / parts % groups) * splits + b.split) * channels + b.first_channel;
           sum(*this, b, first + at, second + at, work.get());
+          if (i + 1 < end) b.ahead = (planes ? b.channels : b.count) * length;
           after(b);
         }
       });
@@ -154,7 +156,9 @@ struct Task : Problem {
   // Sums; finish(split, first_channel, channels) with those of all blocks; and then(block).
   template <class F, class G, class H>
   void two_sweeps(double* first, double* second, const F& sum, const G& finish, const H& then) const {
-    if (groups == 1) {  // a block has all values of its channels, and finds them in the cache again
+    // A block has all values of its channels, and finds them in the cache again. Its first sweep reads memory and its
+    // second writes it; the next block is fetched meanwhile, or either sweep would wait for its own direction alone.
+    if (groups == 1) {
       return sum_blocks(first, second, sum, [&](const Block& b) {
         finish(b.split, b.first_channel, b.channels);
         then(b);

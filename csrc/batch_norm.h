@@ -35,6 +35,7 @@ struct Problem {
 // Rows `first` to `first + count`, or the planes of so many images for `channels` channels.
 struct Block {
   int64_t split, first, count, first_channel, channels;
+  int64_t ahead = 0;  // elements from its lines to those of the next block, which apply and backward fetch; 0 for none
 };
 
 // Of each channel of a block.
