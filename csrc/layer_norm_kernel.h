@@ -229,13 +229,13 @@ void backward_rows(const Problem& p, int64_t first, int64_t last, double* sums, 
 
 // ---- planes
 
-// Where a unit lies: its first number, its first position, and how many there are.
+// Where a unit lies: its first number, its first position, how many there are, and how many numbers on the next one lies.
 struct Tile {
-  int64_t element, position, count;
+  int64_t element, position, count, next;
 
   static SSL_FAST_INLINE Tile of(const Problem& p, int64_t unit) {
-    const int64_t n = unit / p.tiles, from = unit % p.tiles * p.tile;
-    return {n * p.D * p.L + from, n * p.L + from, std::min(p.tile, p.L - from)};
+    const int64_t n = unit / p.tiles, from = unit % p.tiles * p.tile, count = std::min(p.tile, p.L - from);
+    return {n * p.D * p.L + from, n * p.L + from, count, from + count < p.L ? count : p.D * p.L - from};
   }
 };
 
@@ -275,6 +275,7 @@ void forward_planes(const Problem& p, int64_t first, int64_t last, float* work) 
     for (int64_t d = 0; d < D; ++d) {
       const V weight = broadcast(p.weight[d]), bias = broadcast(p.bias[d]);
       for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+        x.prefetch(d * L + i + tile.next);
         V u = ((x(d * L + i, k) - load(mean + i)) * load(invstd + i) + load(offset + i)) * weight + bias;
         if (residual) u += residual(d * L + i, k);
         store_first(y + d * L + i, finish<kOther>(u, activation), k, stream);
@@ -329,6 +330,8 @@ void backward_planes(const Problem& p, int64_t first, int64_t last, double* sums
       V dweight = {}, dbias = {};
       for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
         const int64_t at = d * L + i;
+        x.prefetch(at + tile.next);
+        dy.prefetch(at + tile.next);
         const V xhat = normalised(at, i, k), dz = gradient(xhat, weight, bias, at, k);
         if (dresidual != nullptr) store_first(dresidual + at, dz, k, stream);
         if (dx != nullptr) {
