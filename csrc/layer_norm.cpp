@@ -17,6 +17,9 @@ namespace {
 // Work below which a second thread is not worth its waking, what a block should hold at least, and a tile at most.
 constexpr int64_t kWorthThreads = int64_t{128} << 10, kBlockBytes = int64_t{128} << 10, kMostBlocks = 64, kLeastRows = 8;
 constexpr int64_t kTileBytes = int64_t{128} << 10, kLeastTile = 32;
+// An image that caches hold is a tile, where there are enough for all threads: one run of memory, where smaller tiles would be
+// short runs, each with an end of its own.
+constexpr int64_t kImageBytes = int64_t{384} << 10, kLeastImages = 16;
 // Outputs that no cache would hold until they are read are written past the caches.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
 constexpr int64_t kMostLanes = 16;
@@ -57,7 +60,7 @@ struct Task : Problem {
     bytes = x_.numel() * size;
     tile = std::clamp<int64_t>(kTileBytes / (std::max<int64_t>(D, 1) * size) / kLeastTile * kLeastTile, kLeastTile,
                                std::max(L, kLeastTile));
-    tile = std::min(tile, L);
+    tile = N >= kLeastImages && D * L * size <= kImageBytes ? L : std::min(tile, L);
     tiles = L == 0 ? 0 : ceil_div(L, tile);
     units = N * tiles;
     int64_t most = 1;  // a power of two, which threads share evenly

@@ -297,7 +297,12 @@ def test_strides_of_any_kind(backend):
 def test_many_rows(backend):
     if backend == "triton" and DEVICE == "cpu":
         pytest.skip("too many to interpret")
-    for shape, last, layout in (((70_001, 3), 1, "planes"), ((3, 5, 20_011), 0, "planes")):
+    # The last two are images that are swept tile by tile, and whole.
+    for shape, last, layout in (
+        ((70_001, 3), 1, "planes"),
+        ((3, 5, 20_011), 0, "planes"),
+        ((16, 500, 9, 9), 0, "planes"),
+    ):
         x, dy = random(shape, layout=layout), random(shape, layout=layout, seed=2)
         check(x, None, *affine(normalised(shape, last)), dy, last, backend, activation="relu")
 
