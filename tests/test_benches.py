@@ -689,13 +689,6 @@ def test_ema_pytorch_averages_as_ours_does():
 # ---- the README
 
 
-def measured_section() -> tuple[str, str]:
-    """What `benches.plot` writes, and the text around it."""
-    section = plot.README.read_text().split("\n## Measured\n")[1].split("\n## ")[0]
-    blocks = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)
-    return "".join(block[0] for block in blocks.finditer(section)), blocks.sub("", section)
-
-
 def test_the_readme_shows_what_was_measured():
     """Its tables are those that benches/results.csv gives: no number of them is written by hand."""
     readme = plot.README.read_text()
@@ -732,19 +725,23 @@ def test_every_picture_is_on_a_page():
     assert "simclr_profile.png" in pictures and pictures <= linked, pictures - linked
 
 
+UNITS = (
+    r"(?:[mµun]?s|sec(?:ond)?s?|min(?:ute)?s?|hours?|[kKMGT]i?B|[kKMGT]?bytes|[MGT]B/s|im(?:age|g)s?/s|"
+    r"[GMT]?(?:FLOP|flop)(?:/s|S)?|[x×]|-?fold|times|%|percent)"
+)
+FIGURE = re.compile(rf"(?<![\w.=-])\d[\d.,]*(?:e[+-]?\d+)?[ \u00a0]?{UNITS}(?!\w)")  # not the value of an argument
+
+
 def test_no_number_of_the_readme_stands_outside_of_the_tables():
-    tables, text = measured_section()
-    assert tables.count("\n|") > 100
-    units = r"(?<![\w.])\d[\d.,]* ?(?:[mu]?s|[MG]B|GB/s|TFLOP/s|TFLOPS|images/s|x|x faster|times)(?![\w.])"
-    whole = re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", "", plot.README.read_text(), flags=re.DOTALL)
-    measured = re.findall(units, whole) + re.findall(r"[\d.]+ ?%", text)  # 1% and 10% of the labels are no measurement
+    tables = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)
+    text, count = tables.subn("", plot.README.read_text())
+    assert count == 7
+    measured = FIGURE.findall(text.replace("1% and 10% of the labels", ""))
     assert not measured, f"{measured}: results.csv gives the tables, and the text beside them quotes no figure"
-    assert re.findall(units, "in 7.5 ms, 77.8x dense, 9.9 GB or 3.3 TFLOPS") == [
-        "7.5 ms",
-        "77.8x",
-        "9.9 GB",
-        "3.3 TFLOPS",
-    ]
+    quoted = ("7.5 ms", "77.8x", "77.8×", "9.9 GB", "12 MiB", "3.3 TFLOPS", "10 µs", "1.5 seconds", "3 min", "2.5-fold")
+    quoted += ("2 times", "30%", "1.2 TB/s", "40 images/s", "300 Gflop/s", "1,096 MB")
+    assert [FIGURE.fullmatch(figure) is not None for figure in quoted] == [True] * len(quoted)
+    assert not FIGURE.findall("memory=24GiB, N=4096 x 128, ResNet-50, 4 files, step 3 is")
 
 
 def test_figures_of_the_tables_are_in_the_csv():
