@@ -236,8 +236,9 @@ def by_device(rows: Rows, lines: Callable[[Rows], list[common.Row]]) -> str:
     blocks = []
     for device in dict.fromkeys(row["device"] for row in rows):
         here = [row for row in rows if row["device"] == device]
-        about = max(here, key=lambda row: row["date"])
-        head = f"{device}, {about['threads']} threads, torch {about['torch']}, {about['date']}:"
+        threads, torches, dates = (sorted({row[key] for row in here}) for key in ("threads", "torch", "date"))
+        days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+        head = f"{device}, {' or '.join(threads)} threads, torch {' or '.join(torches)}, {days}:"
         table = lines(here) or [{"": "none"}]
         blocks.append(f"{head}\n\n{common.table(table, table[0])}\n")
     return "\n".join(blocks) or "Not measured yet; `make bench` prints it.\n"
