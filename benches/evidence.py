@@ -146,7 +146,7 @@ def trainer(kind: str) -> Callable[[Tensor], Tensor]:
         model = ssl_fast.MoCo(ConvNet(1), dim=64, K=512, features=128)
     ssl_fast.accelerate(model.to(DEVICE))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=torch.tensor(0.05, device=DEVICE), momentum=0.9)
+    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
     def step(views: Tensor) -> Tensor:
         optimizer.zero_grad()

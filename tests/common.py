@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ssl_fast._op import Op
 from ssl_fast.backbones import build_encoder
@@ -46,6 +48,19 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype, seed: int = 0, scale: 
         (torch.randn(s, generator=generator, dtype=torch.float64) * scale).to(DEVICE, dtype).requires_grad_()
         for s in shapes
     ]
+
+
+class NeverWaits(TorchDispatchMode):
+    """On the meta device: refuses what on CUDA waits for the device, or copies from host memory and waits, neither of
+    which a CUDA graph captures."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)}
+        copies = len(devices) > 1 and name != "ema_update_"  # whose momentum is a number of the host
+        assert not copies and name not in ("_local_scalar_dense", "nonzero", "lift_fresh"), func
+        return result
 
 
 def checkpoint(folder: Path, model: str = "convnet", size: int = 8, channels: int = 1, method: str = "simclr",

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import NeverWaits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssl_fast
@@ -579,6 +580,16 @@ def test_the_bench_of_accelerate_resumes(words, ran, monkeypatch, tmp_path):
 def test_evidence_refuses(words, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evidence", *words.split()])
     assert evidence.main() == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", evidence.WHOLE_STEPS)
+def test_whole_steps_never_wait_for_the_device(kind, monkeypatch):
+    """Forward, backward and the optimizer: what a CUDA graph captures."""
+    monkeypatch.setattr(evidence, "DEVICE", "meta")
+    step, views = evidence.trainer(kind), evidence.views()
+    step(views)
+    with NeverWaits():
+        step(views)
 
 
 GROUP = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import DEVICE, FLOOR, assert_close, backends, tensors
+from common import DEVICE, FLOOR, NeverWaits, assert_close, backends, tensors
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional as F
@@ -929,3 +930,32 @@ def test_debiased_losses_do_not_hide_nan():
     assert clip(q, k, 1 / below, tau_plus=0.1).isnan()
     n[1] = torch.nan
     assert info_nce(q, k, n, 0.1, tau_plus=0.1).isnan()
+
+
+@pytest.mark.parametrize(
+    "loss, option",
+    [
+        *itertools.product(
+            ("nt_xent", "info_nce", "queue", "clip"),
+            ("tau_plus", "decoupled", "label_smoothing", "sample_weight", "group_ids"),
+        ),
+        *(("sup_con", option) for option in ("decoupled", "label_smoothing", "sample_weight")),
+    ],
+)
+def test_losses_never_wait_for_the_device(loss, option):
+    """Nor their backward: a CUDA graph captures them."""
+    a, b = (torch.empty(8, 4, device="meta", requires_grad=True) for _ in range(2))
+    ids, bank = torch.empty(8, dtype=torch.long, device="meta"), torch.empty(16, 4, device="meta")
+    values = {"tau_plus": 0.1, "decoupled": True, "label_smoothing": 0.1}
+    values |= {"sample_weight": torch.empty(8, device="meta"), "group_ids": ids}
+    options = {option: values[option]}
+    queued = {"negative_group_ids": ids.repeat(2)} if option == "group_ids" else {}
+    losses = {
+        "nt_xent": lambda: nt_xent(a, b, **options),
+        "info_nce": lambda: info_nce(a, b, **options),
+        "queue": lambda: info_nce(a, b, bank, **options, **queued),
+        "clip": lambda: clip(a, b, 10.0, **options),
+        "sup_con": lambda: sup_con(a, ids, **options),
+    }
+    with NeverWaits():
+        losses[loss]().backward()

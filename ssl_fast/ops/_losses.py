@@ -107,7 +107,9 @@ def row_loss(
         negative_sum: (N,), the sum of the similarities of the negatives, for label smoothing.
     """
     if tau_plus:
-        d = _debiased(d, pos, temperature, torch.as_tensor(negatives, dtype=d.dtype, device=d.device), tau_plus)
+        # Filled in on the device: torch.as_tensor would copy a number there and wait, which no CUDA graph captures.
+        n = negatives.to(d.dtype) if isinstance(negatives, Tensor) else d.new_full((), negatives)
+        d = _debiased(d, pos, temperature, n, tau_plus)
     # A row that sees no negative has nothing to learn from: softplus says 0, and so does the decoupled form.
     loss = torch.where(d == -torch.inf, 0, d) if decoupled else torch.logaddexp(d, torch.zeros_like(d))
     if label_smoothing and negative_sum is not None:
