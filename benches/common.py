@@ -290,6 +290,16 @@ def _timed(step: Step, cold: bool) -> float:
     return first.elapsed_time(last)
 
 
+def waited(step: Step) -> Step:
+    """The step, which ends where the device is done."""
+
+    def run() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    return run if DEVICE == "cuda" else step
+
+
 def timing(times: list[float]) -> Row:
     """Median, 20th and 80th percentile."""
     cuts = quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9

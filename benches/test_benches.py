@@ -25,4 +25,4 @@ def providers() -> Iterator[object]:
 @pytest.mark.parametrize("table, provider", providers())
 def test_bench(benchmark, table, provider):
     benchmark.group = f"{provider.op or table.op}, {table.shape}, {provider.dtype}"
-    benchmark.pedantic(provider.build(), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(common.waited(provider.build()), rounds=5, warmup_rounds=1)

@@ -872,6 +872,23 @@ def test_every_provider_can_be_timed_by_pytest():
     assert len(common.setups()["moco"].setup(*common.setups()["moco"].cases(True)[0]).providers) >= 2
 
 
+def test_pytest_waits_for_the_device(monkeypatch):
+    """What it would time on a GPU otherwise is the launches."""
+    from benches.test_benches import test_bench
+
+    done: list[str] = []
+    provider = common.Provider("ours", lambda: lambda: done.append("launched"))
+
+    class Benchmark:
+        def pedantic(self, step, **_):
+            step()
+
+    monkeypatch.setattr(common, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("waited"))
+    test_bench(Benchmark(), common.Table("op", "shape", [provider]), provider)
+    assert done == ["launched", "waited"]
+
+
 def test_a_step_is_profiled(tmp_path):
     command = [sys.executable, "-m", "benches.bench_moco", "--quick", "--profile", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=300)
