@@ -162,15 +162,6 @@ def updates(dtype: str) -> dict[str, Callable[[Tensors, Tensors], tuple[Step, Te
     return steps
 
 
-def replayed(step: Step) -> Step:
-    """The update as a CUDA graph: the kernel without the time that Python takes to launch it."""
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def setup(network: str, shrink: int, dtype: str) -> Table:
     shapes = [(8,)] * 1000 if network == "tiny" else list(resnet50_shapes(shrink))
     target, source = DTYPES[dtype]
@@ -185,9 +176,8 @@ def setup(network: str, shrink: int, dtype: str) -> Table:
         drawn = [[torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes] for _ in range(2)]
         return [t.to(target) for t in drawn[0]], [t.to(source) for t in drawn[1]]
 
-    def build(update: Callable[..., tuple[Step, Tensors]], graph: bool = False) -> Step:
-        step = torch.no_grad()(update(*weights())[0])
-        return replayed(step) if graph else step
+    def build(update: Callable[..., tuple[Step, Tensors]]) -> Step:
+        return torch.no_grad()(update(*weights())[0])
 
     def error(update: Callable[..., tuple[Step, Tensors]]) -> float:
         """Of all averages together."""
@@ -208,8 +198,6 @@ def setup(network: str, shrink: int, dtype: str) -> Table:
     found = [Provider(FLOOR, copy_of_as_many, dtype, work=1.0)]
     for name, update in updates(dtype).items():
         found.append(Provider(name, partial(build, update), dtype, work=1.0, error=partial(error, update)))
-        if DEVICE == "cuda" and name in ("ssl_fast native", "ssl_fast EMA"):
-            found.append(Provider(f"{name}, CUDA graph", partial(build, update, True), dtype, work=1.0))
     return Table("ema", f"{len(shapes)} tensors, {count} parameters", found, bytes=float(moved))
 
 

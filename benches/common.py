@@ -40,10 +40,10 @@ from ssl_fast.memory import free_memory, out_of_memory, resident_memory
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results.csv")
 QUICK_RESULTS = ROOT / "out/bench/quick.csv"  # as ssl_fast/bench.py says
-COLUMNS = ("op", "shape", "dtype", "provider", "allocator", "ms", "ms_p20", "ms_p80", "ms_warm_l2", "ratio", "to",
-           "x_floor", "tflops", "gb_per_s", "data_wait", "extra_mb", "error", "device", "threads", "torch", "triton",
-           "commit", "date")  # fmt: skip
-SHOWN = ("op", "dtype", "provider", "ms", "ms_p20", "ms_p80", "ratio", "x_floor", "extra_mb", "error")
+COLUMNS = ("op", "shape", "dtype", "provider", "allocator", "ms", "ms_p20", "ms_p80", "ms_warm_l2", "ms_call",
+           "ratio", "to", "x_floor", "tflops", "gb_per_s", "data_wait", "extra_mb", "error", "device", "threads",
+           "torch", "triton", "commit", "date")  # fmt: skip
+SHOWN = ("op", "dtype", "provider", "ms", "ms_p20", "ms_p80", "ms_call", "ratio", "x_floor", "extra_mb", "error")
 # Half of what eager PyTorch takes on a CPU is page faults: glibc maps tensors over 32 MiB afresh at every call. "warm"
 # keeps them in the heap, for every provider alike.
 ALLOCATORS = {
@@ -51,6 +51,7 @@ ALLOCATORS = {
     "warm": {"MALLOC_MMAP_THRESHOLD_": "68719476736", "MALLOC_TRIM_THRESHOLD_": "68719476736"},
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+AHEAD = 2_000_000  # cycles, a millisecond, that a GPU is busy for while Python launches a step
 BARS = 12  # of a profile
 COPY, PRODUCT = "copy_", "mm(out=)"  # the two floors
 SIDE = 4096 if DEVICE == "cuda" else 1024  # of a product that runs at full speed
@@ -159,10 +160,16 @@ def relative_error(values: Sequence[Tensor], truths: Sequence[Tensor]) -> float:
 
 
 def measure(table: Table, seconds: float, allocator: str = "default", quick: bool = False) -> list[Row]:
-    """The rows of a table, all of one run. A provider that memory does not suffice for has a row without a time."""
+    """The rows of a table, all of one run. A provider that memory does not suffice for has a row without a time.
+
+    On a GPU ms is its own time, from a cold L2 cache; ms_call is that of a call on an idle one, launches included,
+    until its result is there.
+    """
     import torch._dynamo  # noqa: F401, which an optimizer's first step would import, and be timed and weighed with
 
-    least = {"seconds": 0.3, "rounds": 3, "slow": 2.0} if quick else {"seconds": seconds}
+    on_gpu = DEVICE == "cuda"
+    least = {"seconds": seconds / 3, "slow": 1.0} if on_gpu else {"seconds": seconds}  # a third for each way to time
+    least = {"seconds": 0.3, "rounds": 3, "slow": 2.0} if quick else least
     peaks = {p.key: _first_call(p) for p in table.providers}
     running = [p for p in table.providers if peaks[p.key] is not None]
     steps = {p.key: p.build() for p in running}
@@ -170,7 +177,8 @@ def measure(table: Table, seconds: float, allocator: str = "default", quick: boo
         if p.compiled:
             steps[p.key]()
     measured = interleave(steps, cold=True, **least)
-    warm = interleave(steps, **least) if DEVICE == "cuda" else {}
+    warm = interleave(steps, **least) if on_gpu else {}
+    calls = interleave(steps, cold=True, idle=True, **least) if on_gpu else {}
     first = table.providers[0].name
     floors = {p.floor or first for p in table.providers if p.work is not None}
     floor_ms = {p.name: timing(measured[p.key])["ms"] for p in running if p.name in floors}
@@ -182,7 +190,7 @@ def measure(table: Table, seconds: float, allocator: str = "default", quick: boo
         if p not in running:
             continue
         row |= timing(measured[p.key])
-        row |= {"ms_warm_l2": timing(warm[p.key])["ms"]} if warm else {}
+        row |= {f"ms_{how}": timing(times[p.key])["ms"] for how, times in (("warm_l2", warm), ("call", calls)) if times}
         row |= {"ratio": row["ms"] / rows[0]["ms"]} if "ms" in rows[0] else {}
         if p.work is not None:
             floor = p.floor or first
@@ -254,40 +262,54 @@ def _data_segment() -> int:
 
 
 def interleave(
-    steps: Mapping[str, Step], *, seconds: float = 8.0, rounds: int = 5, slow: float = 5.0, cold: bool = False
+    steps: Mapping[str, Step],
+    *,
+    seconds: float = 8.0,
+    rounds: int = 5,
+    slow: float = 5.0,
+    cold: bool = False,
+    idle: bool = False,
 ) -> dict[str, list[float]]:
     """Milliseconds of each step, measured in turn round by round, so that a drift of the machine meets all alike.
 
     One round warms up. At least `rounds` rounds are timed, and more while they fit into `seconds`. A step that takes
-    more than `slow` seconds is left at its first time. `cold` empties a GPU's L2 cache in front of each step.
+    more than `slow` seconds is left at its first time. On a GPU, `cold` empties its L2 cache in front of each step, and
+    `idle` takes the time of a call from an idle one, launches included.
     """
-    first = {name: _timed(step, cold) for name, step in steps.items()}
+    first = {name: _timed(step, cold, idle) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [t] if t > slow * 1e3 else [] for name, t in first.items()}
     quick = [name for name in steps if not times[name]]
     start, done = time.perf_counter(), 0
     while quick and (done < rounds or time.perf_counter() - start < seconds):
         for name in quick:
-            times[name].append(_timed(steps[name], cold))
+            times[name].append(_timed(steps[name], cold, idle))
         done += 1
     return times
 
 
-def _timed(step: Step, cold: bool) -> float:
-    if DEVICE == "cpu":
+def _timed(step: Step, cold: bool, idle: bool) -> float:
+    if cold and DEVICE == "cuda":
+        _empty_l2()
+    if idle and DEVICE == "cuda":
+        torch.cuda.synchronize()
+    if idle or DEVICE == "cpu":
+        call = waited(step)
         start = time.perf_counter()
-        step()
+        call()
         return (time.perf_counter() - start) * 1e3
-    # What runs in front of the step keeps the GPU busy while Python launches it, so that short kernels do not wait.
-    if cold:
-        torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE).zero_()
-    else:
-        torch.cuda._sleep(200_000)
+    # Short kernels do not wait for their launches: those are queued while the GPU is busy. It is so for every provider,
+    # so that none is held to its launches that another is spared.
+    torch.cuda._sleep(AHEAD)
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
     step()
     last.record()
     last.synchronize()
     return first.elapsed_time(last)
+
+
+def _empty_l2() -> None:
+    torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE).zero_()
 
 
 def waited(step: Step) -> Step:

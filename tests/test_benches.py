@@ -388,6 +388,53 @@ def test_the_truth_of_nt_xent_is_dense():
     assert common.relative_error([bench_nt_xent.truth(600, 5, "bfloat16")], dense) < 1e-14
 
 
+class Gpu:
+    """A clock of the host and one of a GPU, which works off what the host has launched; in ms."""
+
+    def __init__(self) -> None:
+        self.host = self.busy_until = 0.0
+
+    def launch(self, by_host: float, by_gpu: float) -> None:
+        self.host += by_host
+        self.busy_until = max(self.busy_until, self.host) + by_gpu
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.busy_until)
+
+    def event(self, enable_timing):
+        def record() -> None:
+            own.at = max(self.host, self.busy_until)
+
+        own = SimpleNamespace(at=0.0, record=record, synchronize=self.synchronize)
+        own.elapsed_time = lambda other: other.at - own.at
+        return own
+
+
+def test_short_kernels_do_not_wait_for_their_launches(monkeypatch):
+    """On a GPU; a whole call has a column of its own."""
+    gpu = Gpu()
+    monkeypatch.setattr(common, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.launch(0.0, cycles / 2e6))
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    monkeypatch.setattr(common, "_empty_l2", lambda: gpu.launch(0.005, 0.1))
+    monkeypatch.setattr(common, "extra_memory", lambda step: step())
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: gpu.host / 1e3))
+
+    def kernels(count):
+        return lambda: lambda: [gpu.launch(0.005, 0.01) for _ in range(count)]
+
+    table = common.Table("op", "shape", bytes=1e6)
+    table.providers = [common.Provider("copy_", kernels(1), work=1.0), common.Provider("ours", kernels(40), work=40.0)]
+    floor, ours = common.measure(table, 0.03)
+    assert ours["ms"] == pytest.approx(0.4)
+    assert ours["ratio"] == pytest.approx(40) and ours["x_floor"] == pytest.approx(1)
+    assert ours["ms_call"] == pytest.approx(0.405) and floor["ms_call"] == pytest.approx(0.015)
+    launched = [common.Provider("launches", lambda: lambda: [gpu.launch(0.02, 0.01) for _ in range(40)])]
+    (row,) = common.measure(common.Table("op", "shape", launched), 0.03)
+    assert row["ms"] == pytest.approx(0.4) and row["ms_call"] == pytest.approx(0.81)
+
+
 def test_a_table_is_resumed_where_rows_of_it_lack(monkeypatch, tmp_path):
     path = tmp_path / "rows.csv"
     table = common.Table("op", "shape", [common.Provider("ours", int), common.Provider("theirs", int, "bfloat16")])
