@@ -18,6 +18,7 @@ import csv
 import io
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -152,7 +153,7 @@ def main() -> None:
         print(json.dumps(WORKS[what](*given)))
         return
     print(f"A training step on {common.device_name()}, {torch.get_num_threads()} threads")
-    steps = 3 if arguments.quick else STEPS
+    steps, failed = 3 if arguments.quick else STEPS, list[str]()
     for name, dtype, batch, pixels in cases(arguments.quick):
         table, exact = table_of(name, dtype, batch, pixels), None
         if arguments.only not in json.dumps([name, dtype, batch, pixels]):
@@ -160,17 +161,20 @@ def main() -> None:
         for allocator in ("default", "warm") if DEVICE == "cpu" and not arguments.quick else ("default",):
             if arguments.resume and common.saved(table, allocator, arguments.quick):
                 continue
-            exact = exact or child("default", "truth", name, batch, pixels, steps)
-            measured = child(allocator, "bench", name, dtype, batch, pixels, steps, exact)
-            for row in measured:
-                row["extra_mb"] = child(allocator, "memory", row["provider"], name, dtype, batch, pixels)
-                row["allocator"] = allocator
-            print(f"\n{table.shape}, {dtype}, allocator {allocator}; error: of the losses, against fp64")
-            columns = ("provider", "ms", "ms_p20", "ms_p80", "ratio", "x_floor", "extra_mb", "error")
-            print(common.table(measured, columns), flush=True)
-            common.save(measured, arguments.quick)
-            if not arguments.quick:
-                write_curves(name, measured)
+            with common.going_on(f"{table.shape}, {dtype}, allocator {allocator}", failed):
+                exact = exact or child("default", "truth", name, batch, pixels, steps)
+                measured = child(allocator, "bench", name, dtype, batch, pixels, steps, exact)
+                for row in measured:
+                    row["extra_mb"] = child(allocator, "memory", row["provider"], name, dtype, batch, pixels)
+                    row["allocator"] = allocator
+                print(f"\n{table.shape}, {dtype}, allocator {allocator}; error: of the losses, against fp64")
+                columns = ("provider", "ms", "ms_p20", "ms_p80", "ratio", "x_floor", "extra_mb", "error")
+                print(common.table(measured, columns), flush=True)
+                common.save(measured, arguments.quick)
+                if not arguments.quick:
+                    write_curves(name, measured)
+    if failed:
+        sys.exit(f"without rows: {'; '.join(failed)}")
 
 
 def write_curves(name: str, rows: list[common.Row]) -> None:

@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
@@ -225,8 +225,10 @@ def _first_call(provider: Provider) -> float | None:
     if provider.compiled or provider.elsewhere:
         return 0.0
     if DEVICE == "cuda":
-        gc.collect()
-        return first_call()
+        found = first_call()
+        gc.collect()  # what the frames of an error, or a cycle, still hold is the next provider's
+        torch.cuda.empty_cache()
+        return found
     try:
         return forked(first_call)
     except ChildProcessError as error:
@@ -249,6 +251,17 @@ def forked(work: Callable[[], Any]) -> Any:
         raise _ended(child.exitcode or 0) from None
     finally:
         child.join()
+
+
+@contextlib.contextmanager
+def going_on(case: object, failed: list[str]) -> Iterator[None]:
+    """A process of a case that ends without a result is said, and is in `failed`; the other cases go on."""
+    try:
+        yield
+    except ChildProcessError as error:
+        why = f"signal {error.errno} ended it, as where memory runs out" if error.errno else "failed, as shown above"
+        print(f"{case}: {why}", file=sys.stderr, flush=True)
+        failed.append(str(case))
 
 
 def _ended(status: int) -> ChildProcessError:
@@ -406,6 +419,7 @@ def main(
     quick = ["--quick"] if arguments.quick else []
     module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
     rows: list[Row] = []
+    failed: list[str] = []
     print(f"{(about or '').splitlines()[0]}\n{device_name()}, {torch.get_num_threads()} threads", flush=True)
     for case in cases(arguments.quick):
         given = json.dumps(case)
@@ -416,10 +430,13 @@ def main(
             if arguments.resume and saved(table, allocator, arguments.quick):
                 continue
             work = functools.partial(measure, table, seconds, allocator, arguments.quick)
-            measured = apart(work, module, [*quick, "--worker", allocator, given], allocator)
-            show(measured)
-            rows += measured
-            save(rows, arguments.quick)  # after each table: what an interruption leaves is kept
+            with going_on(f"{table.op}, {table.shape}, allocator {allocator}", failed):
+                measured = apart(work, module, [*quick, "--worker", allocator, given], allocator)
+                show(measured)
+                rows += measured
+                save(rows, arguments.quick)  # after each table: what an interruption leaves is kept
+    if failed:
+        sys.exit(f"without rows: {'; '.join(failed)}")
 
 
 def profile(measured: Table, folder: Path) -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Collection
 from functools import partial
 from inspect import isclass, isroutine
@@ -388,6 +389,52 @@ def test_the_truth_of_nt_xent_is_dense():
     assert common.relative_error([bench_nt_xent.truth(600, 5, "bfloat16")], dense) < 1e-14
 
 
+KILLED = """
+import os, signal, sys
+from benches import common
+
+def setup(name):
+    def build():
+        if name == "killed":
+            os.kill(os.getppid(), signal.SIGKILL)  # of the case's process: this is a fork for the memory
+        assert name != "wrong"
+        return lambda: None
+    return common.Table("op", name, [common.Provider("ours", build)])
+
+common.ROOT = common.Path(sys.argv.pop())
+common.QUICK_RESULTS, common.RESULTS = (common.ROOT / name for name in ("rows.csv", "tracked.csv"))
+sys.argv.append("--quick")
+sys.modules["__main__"].__spec__ = common.__spec__
+common.main("About.", lambda quick: [("killed",), ("wrong",), ("good",)], setup)
+"""
+
+
+def test_a_case_whose_process_ends_is_said_and_the_others_go_on(tmp_path):
+    """As where the system takes back the memory of one."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 1 and "without rows: op, killed, allocator default; op, wrong" in found.stderr
+    assert "op, killed, allocator default: signal 9 ended it" in found.stderr
+    assert "op, wrong, allocator default: failed, as shown above" in found.stderr
+    assert [row["shape"] for row in csv.DictReader((tmp_path / "rows.csv").open())] == ["good"]
+
+
+def test_a_gpus_memory_is_given_back_before_the_next_provider(monkeypatch):
+    """What the frames of its error hold too."""
+    kept: list[weakref.ref] = []
+
+    def too_much():
+        large = torch.ones(9)
+        large.cycle = large
+        kept.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(common, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.append(kept[0]()))
+    assert common._first_call(common.Provider("theirs", too_much)) is None
+    assert kept[1:] == [None]
+
+
 class Gpu:
     """A clock of the host and one of a GPU, which works off what the host has launched; in ms."""
 
@@ -417,6 +464,7 @@ def test_short_kernels_do_not_wait_for_their_launches(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.launch(0.0, cycles / 2e6))
     monkeypatch.setattr(torch.cuda, "Event", gpu.event)
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(common, "_empty_l2", lambda: gpu.launch(0.005, 0.1))
     monkeypatch.setattr(common, "extra_memory", lambda step: step())
     monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: gpu.host / 1e3))
