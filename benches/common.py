@@ -14,6 +14,7 @@ import datetime
 import functools
 import gc
 import gzip
+import hashlib
 import importlib
 import io
 import json
@@ -525,17 +526,30 @@ def _triton_version() -> str:
 
 
 def _commit() -> str:
-    """With `-dirty` where a tracked file differs, other than the rows, the pages that show them, and tests."""
+    """Of a tree in which a tracked file differs, other than the rows, the pages that show them, and tests, with what it
+    holds, so that two such trees are not taken for one. SSL_FAST_COMMIT names that of a copy without git."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        try:
+            return subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        except FileNotFoundError:
+            return ""
 
-    try:
-        others = (f":!{path}" for path in (RESULTS.relative_to(ROOT), "*.md", "docs", "tests"))
-        changed = git("diff", "--name-only", "HEAD", "--", ".", *others)
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-    except FileNotFoundError:
-        return ""
+    others = (f":!{path}" for path in (RESULTS.relative_to(ROOT), "*.md", "docs", "tests"))
+    head = git("rev-parse", "--short", "HEAD") or os.environ.get("SSL_FAST_COMMIT", "")
+    if head and not git("diff", "--name-only", "HEAD", "--", ".", *others):
+        return head
+    return f"{head or 'unknown'}-dirty-{digest('ssl_fast', 'kernels', 'csrc', 'benches')}"
+
+
+def digest(*folders: str) -> str:
+    """Of the sources in these folders."""
+    found = hashlib.sha1()
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".cu", ".h"):
+                found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:8]
 
 
 def saved(table: Table, allocator: str, quick: bool = False, path: Path | None = None) -> bool:

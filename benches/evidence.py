@@ -7,7 +7,7 @@
     all       these, one after the other
 
 A part ends within 8 minutes. What it did not come to is done by the next call, which leaves out what OUT/PART.json has
-of this commit; once all was tried, a call tries again what did not pass. Each leaves that file, a log, and at most five
+of this code; once all was tried, a call tries again what did not pass. Each leaves that file, a log, and at most five
 files more. OUT/summary.md is the page to read. The exit status is 0 where all passed that this machine has the tools
 for, 1 where something did not, and 75 where there is more to do.
 """
@@ -99,7 +99,7 @@ def run(part: str, out: Path) -> int:
             print(f"run `PART={part}` again: {len(steps.keys() - done.keys() - absent)} of {len(steps)} to do")
             return MORE
         seconds = round(time.monotonic() - start)
-        done[name] = {"state": state, "seconds": seconds, "commit": common.conditions()["commit"]}
+        done[name] = {"state": state, "seconds": seconds, "code": code()}
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(done, indent=1))
         partial.replace(path)
@@ -110,10 +110,15 @@ def run(part: str, out: Path) -> int:
 
 
 def results(part: str, out: Path) -> dict[str, dict[str, Any]]:
-    """What was tried of a part at this commit."""
+    """What was tried of a part with this code."""
     path = out / f"{part}.json"
     done = json.loads(path.read_text()) if path.exists() else {}
-    return {name: step for name, step in done.items() if step.get("commit") == common.conditions()["commit"]}
+    return {name: step for name, step in done.items() if step.get("code") == code()}
+
+
+def code() -> str:
+    """What results are of: the commit, or what a changed tree holds, and the tests."""
+    return f"{common.conditions()['commit']}, tests {common.digest('tests')}"
 
 
 def not_installed(steps: Steps) -> set[str]:

@@ -602,6 +602,35 @@ def test_evidence_is_of_one_commit(monkeypatch, tmp_path):
     assert evidence.results("tests", out)["bad"]["state"] == "failed"
 
 
+def test_two_changed_trees_are_not_one(monkeypatch, tmp_path):
+    """Nor is a tree without git taken for another; a copy is told what it is of."""
+    (tmp_path / "benches").mkdir()
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "benches/results.csv")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    source = tmp_path / "benches/some.py"
+    source.write_text("1")
+    unknown = common._commit()
+    assert unknown.startswith("unknown-dirty-")
+    source.write_text("2")
+    assert common._commit() != unknown
+    monkeypatch.setenv("SSL_FAST_COMMIT", "1234567")
+    assert common._commit() == "1234567"
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    clean = common._commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    changed = set()
+    for text in "34":
+        source.write_text(text)
+        changed.add(common._commit())
+    assert len(changed) == 2 and all(commit.startswith(f"{clean}-dirty-") for commit in changed)
+    (tmp_path / "tests").mkdir()
+    before = evidence.code()
+    (tmp_path / "tests/test_it.py").write_text("5")
+    assert evidence.code() != before
+
+
 def test_evidence_counts_new_rows_as_progress(monkeypatch, tmp_path):
     """A bench that is longer than a part is cut, and goes on."""
     rows = tmp_path / "results.csv"
