@@ -14,13 +14,16 @@ for, 1 where something did not, and 75 where there is more to do.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,6 @@ from torch import Tensor, nn
 
 import ssl_fast
 from benches import common
-from benches.bench_nt_xent import dense, embeddings
 from benches.common import DEVICE, ROOT
 from ssl_fast.backbones import ConvNet
 from ssl_fast.bench import run_group, stems
@@ -157,37 +159,49 @@ def summarise(out: Path) -> None:
 # ---- whole steps
 
 
-def trainer(kind: str) -> Callable[[Tensor], Tensor]:
-    """A step of SGD on views (2, N, 1, 16, 16) that are on the device; returns the loss."""
+def trainer(kind: str, autocast: bool = False) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+    """A step of SGD on views (2, N, 1, 16, 16) that are on the device, which returns the loss; and the model."""
     torch.manual_seed(0)
     if kind == "simclr":
         model: nn.Module = ssl_fast.SimCLR(ConvNet(1), 128, temperature=0.1)
     else:
         model = ssl_fast.MoCo(ConvNet(1), dim=64, K=512, features=128)
     ssl_fast.accelerate(model.to(DEVICE))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
 
     def step(views: Tensor) -> Tensor:
         optimizer.zero_grad()
-        loss = model(*views)
+        with torch.autocast(DEVICE, torch.bfloat16) if autocast else contextlib.nullcontext():
+            loss = model(*views)
         loss.backward()
         optimizer.step()
         return loss.detach().clone()
 
-    return step
+    return step, model
 
 
 def views() -> Tensor:
     return torch.randn(2, 64, 1, 16, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
+def each_kind() -> Iterable[tuple[str, Callable[[], tuple[Callable[[Tensor], Tensor], nn.Module]]]]:
+    """In fp32, and under autocast, where the norms are others. Convolutions are the same at every call."""
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    for kind, autocast in itertools.product(WHOLE_STEPS, (False, True)):
+        yield f"{kind}, {'bfloat16 autocast' if autocast else 'float32'}", partial(trainer, kind, autocast)
+
+
 def same_bits() -> None:
-    """Two runs of five steps."""
-    for kind in WHOLE_STEPS:
-        first, second = ([float(step(views())) for _ in range(5)] for step in (trainer(kind), trainer(kind)))
-        assert first == second, (kind, first, second)
-        print(f"{kind}: losses {first} twice")
+    """Two runs of five steps: losses, weights, statistics, the queue."""
+
+    def run(step: Callable[[Tensor], Tensor], model: nn.Module) -> tuple[list[float], dict[str, Tensor]]:
+        return [float(step(views())) for _ in range(5)], model.state_dict()
+
+    for name, make in each_kind():
+        (losses, state), (again, other) = run(*make()), run(*make())
+        differ = [key for key, value in state.items() if not torch.equal(value, other[key])]
+        assert losses == again and not differ, (name, losses, again, differ)
+        print(f"{name}: losses {losses} and {len(state)} tensors twice")
 
 
 def graphs() -> None:
@@ -195,8 +209,8 @@ def graphs() -> None:
     if DEVICE == "cpu":
         print("no GPU: nothing to capture")
         return
-    for kind in WHOLE_STEPS:
-        plain, captured, x = trainer(kind), trainer(kind), views()
+    for name, make in each_kind():
+        (plain, _), (captured, _), x = make(), make(), views()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -211,25 +225,37 @@ def graphs() -> None:
         for _ in range(3):
             graph.replay()
             found.append(float(loss))
-        assert all(abs(a - b) < 1e-3 * abs(b) for a, b in zip(found, expected, strict=True)), (kind, found, expected)
-        print(f"{kind}: losses {found} replayed, {expected} without a graph")
+        assert all(abs(a - b) < 1e-3 * abs(b) for a, b in zip(found, expected, strict=True)), (name, found, expected)
+        print(f"{name}: losses {found} replayed, {expected} without a graph")
+
+
+# Of benches: where the kernels multiply, and where cuBLAS does.
+PRODUCTS: dict[str, list[tuple[Any, ...]]] = {
+    "nt_xent": [(1024, 128), (1024, 768)],
+    "info_nce": [("info_nce", 256, 4096, 128), ("info_nce", 256, 4096, 768), ("clip", 1024, 1024, 512),
+                 ("sup_con", 1024, 1024, 128)],
+    "barlow_twins": [(256, 1024), (1024, 256)],
+}  # fmt: skip
 
 
 def tf32() -> None:
-    """NT-Xent's time and error in fp32, as PyTorch's switch says."""
-    z1, z2 = embeddings(1024, 128, "float32")
-    doubles = [z.detach().double().requires_grad_() for z in (z1, z2)]
-    truth = torch.autograd.grad(dense(*doubles), doubles[0])
-    for precision in ("highest", "high"):
+    """Time and error of fp32 losses as PyTorch's switch says, ours beside plain PyTorch's."""
+    modules = common.setups()
+    for precision, stem in itertools.product(("highest", "high"), PRODUCTS):
         torch.set_float32_matmul_precision(precision)
-        for name, loss in (("ssl_fast", ssl_fast.NTXentLoss(0.1)), ("dense PyTorch", dense)):
-            value = torch.autograd.grad(loss(z1, z2), z1)
-            times = common.interleave({name: lambda loss=loss: loss(z1, z2).backward()}, seconds=0.5)[name]
-            off = common.relative_error(value, truth)
-            print(f"{precision} {name}: {common.timing(times)['ms']:.4g} ms, error {off:.3g}")
-            assert off < (1e-5 if precision == "highest" else 5e-3), (precision, name, off)
+        for case in PRODUCTS[stem]:
+            table = modules[stem].setup(*case)
+            ours, plain = (p for p in table.providers if p.error and p.dtype == "float32" and p.name in COMPARED)
+            errors = {p.name: p.error() for p in (ours, plain) if p.error}
+            times = common.interleave({p.name: p.build() for p in (ours, plain)}, seconds=0.5)
+            for name, off in errors.items():
+                ms = common.timing(times[name])["ms"]
+                print(f"{precision} {table.op} {table.shape}, {name}: {ms:.4g} ms, error {off:.3g}", flush=True)
+            limit = 2 * errors[plain.name] + (1e-5 if precision == "highest" else 1e-3)
+            assert errors[ours.name] <= limit, (precision, table.shape, errors)
 
 
+COMPARED = ("ssl_fast", "dense PyTorch", "mm + cat + cross_entropy")
 CHECKS = {"same bits twice": same_bits, "CUDA graphs": graphs, "TF32 on and off": tf32}
 PARTS = ("tests", "sanitize", "bench", "train")
 

@@ -762,10 +762,25 @@ def test_once_refuses(monkeypatch, capsys):
 def test_whole_steps_never_wait_for_the_device(kind, monkeypatch):
     """Forward, backward and the optimizer: what a CUDA graph captures."""
     monkeypatch.setattr(evidence, "DEVICE", "meta")
-    step, views = evidence.trainer(kind), evidence.views()
+    (step, _), views = evidence.trainer(kind), evidence.views()
     step(views)
     with NeverWaits():
         step(views)
+
+
+def test_runs_of_the_same_bits_are_so_in_all_of_their_state(monkeypatch):
+    """A statistic that differs is no less than a loss that does."""
+    made, trainer = [], evidence.trainer
+
+    def another_mean(*arguments):
+        step, model = trainer(*arguments)
+        model.encoder.blocks[0][1].running_mean += len(made)
+        made.append(model)
+        return step, model
+
+    monkeypatch.setattr(evidence, "trainer", another_mean)
+    with pytest.raises(AssertionError, match="running_mean"):
+        evidence.same_bits()
 
 
 GROUP = """
