@@ -23,7 +23,7 @@ bench: $(VENV)/native $(VENV)/peers
 	$(RUN) -m ssl_fast.cli bench
 
 # On the GPU at hand, offline, with the torch (2.10 or later) of $(PYTHON): nothing is installed or fetched, and all that
-# comes of it lies in $(OUT), one page of it in $(OUT)/summary.md. A part (tests, sanitize, bench, train) ends within 8
+# comes of it lies in $(OUT), one page of it in $(OUT)/summary.md. A part (tests, train, bench, sanitize) ends within 8
 # minutes, with status 75 where it has more to do: the same line again goes on.
 OUT ?= out/gpu
 PART ?= all

@@ -7,8 +7,8 @@ each is held against the same run in fp64: the error is the mean relative distan
 The floor is the network's flop, forward and backward, at the pace of a square product of the same run.
 
 `python -m benches.bench_accelerate` prints the table and writes the rows to benches/results.csv, and the curves to
-out/accelerate_MODEL.csv; `--quick` takes few small images of the first model. `--only resnet50` takes one model,
-`--only float32` one dtype, and `--resume` goes on after an interruption.
+accelerate_MODEL.csv in out, or in `--out FOLDER`; `--quick` takes few small images of the first model. `--only
+resnet50` takes one model, `--only float32` one dtype, and `--resume` goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small network")
     parser.add_argument("--only", default="", metavar="TEXT", help="the cases that hold this text, such as resnet50")
     parser.add_argument("--resume", action="store_true", help="only cases without rows of this commit")
+    parser.add_argument("--out", default="out", metavar="FOLDER", type=Path, help="where the curves go")
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -172,14 +173,14 @@ def main() -> None:
                 print(common.table(measured, columns), flush=True)
                 common.save(measured, arguments.quick)
                 if not arguments.quick:
-                    write_curves(name, measured)
+                    write_curves(arguments.out, name, measured)
     if failed:
         sys.exit(f"without rows: {'; '.join(failed)}")
 
 
-def write_curves(name: str, rows: list[common.Row]) -> None:
+def write_curves(folder: Path, name: str, rows: list[common.Row]) -> None:
     """In the place of those of the same dtype and allocator."""
-    path = Path(f"out/accelerate_{name}.csv")
+    path = folder / f"accelerate_{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     head, fresh = ["dtype", "allocator", "provider", "step", "loss"], {(r["dtype"], r["allocator"]) for r in rows}
     with path.open(newline="") if path.exists() else io.StringIO() as file:

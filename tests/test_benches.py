@@ -640,14 +640,35 @@ def test_evidence_counts_new_rows_as_progress(monkeypatch, tmp_path):
     monkeypatch.setattr(evidence, "steps_of", lambda part, out: {"long": ["sh", "-c", code]})
     monkeypatch.setattr(evidence, "MINUTES", 1 / 60)
     monkeypatch.setattr(common, "RESULTS", rows)
+    drawn = tmp_path / "drawn"
+    monkeypatch.setattr(evidence, "PAGES", ["cp", str(rows), str(drawn)])
     assert evidence.run("bench", tmp_path) == evidence.MORE
+    for copy in (drawn, tmp_path / "rows.csv"):  # of the rows so far too
+        assert copy.read_text() == rows.read_text() == f"commit\n{commit}\n"
     assert evidence.run("bench", tmp_path) == 0
+    assert drawn.read_text() == rows.read_text() == f"commit\n{commit}\n{commit}\n"
+    drawn.unlink()
+    assert evidence.run("bench", tmp_path) == 0 and not drawn.exists()  # nothing new to show
 
 
 def test_evidence_resumes_the_benches_that_can(tmp_path):
-    for stem, command in evidence.steps_of("bench", tmp_path).items():
-        source = (ROOT / f"benches/bench_{stem}.py").read_text()
-        assert ("--resume" in command) == ("common.main(" in source or '"--resume"' in source), stem
+    for name, command in evidence.steps_of("bench", tmp_path).items():
+        source = (ROOT / f"benches/{command[2].removeprefix('benches.')}.py").read_text()
+        assert ("--resume" in command) == ("common.main(" in source or '"--resume"' in source), name
+
+
+def test_evidence_takes_what_shows_most_first(monkeypatch, tmp_path):
+    """And leaves nothing out."""
+    benches, tests = (evidence.steps_of(part, tmp_path) for part in ("bench", "tests"))
+    assert list(benches)[: len(evidence.HEADLINES)] == [f"{stem} {text}" for stem, text in evidence.HEADLINES]
+    assert {*bench_module.stems()} == {*list(benches)[len(evidence.HEADLINES) :]}
+    assert {f"test_{path.stem.removeprefix('test_')}" for path in (ROOT / "tests").glob("test_*.py")} == tests.keys()
+    assert list(tests)[0] == "test_nt_xent" and list(tests)[-1] == "test_aot"
+    assert str(tmp_path) in benches["accelerate"]
+    for stem, text in evidence.HEADLINES:
+        module = common.setups()[stem]
+        monkeypatch.setattr(module, "DEVICE", "cuda")
+        assert 1 <= sum(text in json.dumps(case) for case in module.cases(False)) <= 2, (stem, text)
 
 
 @pytest.mark.parametrize(
@@ -681,7 +702,7 @@ def test_the_bench_of_accelerate_resumes(words, ran, monkeypatch, tmp_path):
     cut = child("default", "bench", "vit_s_16", "float32", *bench_accelerate.cases(False)[0][2:])
     rows = [row | {"allocator": "default"} for row in cut]
     common.save(rows)
-    bench_accelerate.write_curves("vit_s_16", rows)
+    bench_accelerate.write_curves(Path("out"), "vit_s_16", rows)
     found.clear()
     monkeypatch.setattr(sys, "argv", ["bench_accelerate", "--resume", *words.split()])
     bench_accelerate.main()
@@ -698,7 +719,7 @@ def test_the_bench_of_accelerate_resumes(words, ran, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("nope", "PART: got 'nope', allowed: tests, sanitize"),
+        ("nope", "PART: got 'nope', allowed: tests, train"),
         ("check nope", "check: got 'nope', allowed: same bits twice"),
         ("check", "check: got '', allowed: same bits twice"),
     ],
