@@ -380,6 +380,7 @@ def roof_point(row: dict[str, str]) -> tuple[float, float]:
 def draw_roofline(rows: Rows, path: Path) -> None:
     """Ours and plain PyTorch's forward and backward passes in fp32 under the two roofs: the largest shape of each op,
     with the better of the allocators; of devices that have rows of both."""
+    rows = [r for r in rows if r["dtype"] == "float32" and r["ms"]]
     copied = {r["device"] for r in rows if r["provider"] in FLOORS and r["gb_per_s"]}
     multiplied = {r["device"] for r in rows if r["provider"] == common.PRODUCT and r["tflops"]}
     rows = [r for r in rows if r["device"] in copied & multiplied]
@@ -387,7 +388,7 @@ def draw_roofline(rows: Rows, path: Path) -> None:
     kinds = {"ssl_fast": "o", "ssl_fast EMA": "o", "dense PyTorch": "x", "eager": "x", "mul_ add_": "x"}
     kinds["mm + cat + cross_entropy"] = "x"
     for axis, device in zip(axes[0], devices(rows), strict=True):
-        here = [r for r in rows if r["device"] == device and r["dtype"] == "float32" and r["ms"]]
+        here = [r for r in rows if r["device"] == device]
         copies = [float(r["gb_per_s"]) for r in here if r["provider"] in FLOORS and r["gb_per_s"]]
         products = [float(r["tflops"]) for r in here if r["provider"] == common.PRODUCT and r["tflops"]]
         speed, peak = sorted(copies)[len(copies) // 2] / 1e3, max(products)
@@ -395,11 +396,12 @@ def draw_roofline(rows: Rows, path: Path) -> None:
         axis.plot(xs, [min(x * speed, peak) for x in xs], color="black", linewidth=1)
         axis.annotate(f"copy, median {speed * 1e3:.0f} GB/s", (0.1, speed), va="bottom")
         axis.annotate(f"product, best {peak:.2f} TFLOP/s", (xs[2], peak), ha="right", va="bottom")
+        here = [r for r in here if r["provider"] in kinds]
         for i, op in enumerate(dict.fromkeys(r["op"] for r in here)):
-            own = [r for r in here if r["op"] == op and r["provider"] in kinds]
-            largest = max(own, key=time)["shape"]
+            largest = max((r for r in here if r["op"] == op), key=time)["shape"]
+            own = [r for r in here if (r["op"], r["shape"]) == (op, largest)]
             for provider in dict.fromkeys(r["provider"] for r in own):
-                row = min((r for r in own if (r["provider"], r["shape"]) == (provider, largest)), key=time)
+                row = min((r for r in own if r["provider"] == provider), key=time)
                 label = op if kinds[provider] == "o" else None
                 axis.plot(*roof_point(row), kinds[provider], color=f"C{i}", label=label)
         axis.set(xscale="log", yscale="log", xlabel="flop a byte", ylabel="TFLOP/s", title=device)

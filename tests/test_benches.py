@@ -1017,6 +1017,25 @@ def test_pages_show_what_ran_out_of_memory(op, monkeypatch, tmp_path):
         plot.draw(tmp_path)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_pages_show_a_device_of_which_not_all_is_there(whole, monkeypatch, tmp_path):
+    """After the first cases of a bench, or where the plain loss ran out of memory at the largest batch."""
+    rows = list(csv.DictReader(common.RESULTS.open()))
+    few = [row | {"device": "another"} for row in rows if row["device"] == rows[-1]["device"]]
+    if not whole:
+        few = [r for r in few if (r["op"], r["dtype"]) in (("nt_xent", "float32"), ("batch_norm", "bfloat16"))]
+    for row in few:
+        if row["provider"] == "dense PyTorch" and "N=16384" in row["shape"]:
+            row |= dict.fromkeys(("ms", "ms_p20", "ms_p80", "ratio", "x_floor", "tflops"), "")
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "rows.csv")
+    with common.RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows + few)
+    assert "\nanother, " in plot.updated(plot.README.read_text()) and "\nanother, " in plot.place_block()
+    assert plot.draw(tmp_path)
+
+
 def test_pictures_come_out_the_same(tmp_path):
     """Twice to the byte, and those of docs/ are the rows' own."""
     (tmp_path / "again").mkdir()
