@@ -177,6 +177,7 @@ def work_of(name: str, pixels: int, batch: int) -> tuple[int, dict[str, float]]:
 
 
 def setup(name: str, pixels: int, batch: int) -> Table:
+    @torch.no_grad()  # whose graph in fp64 takes more memory than any step
     def error(provider: str) -> float:
         """Of the loss of one batch of views, which are the same for all."""
         generator = torch.Generator().manual_seed(3)

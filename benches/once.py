@@ -134,12 +134,12 @@ def once(stem: str) -> None:
 
 
 def main() -> int:
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read at the first allocation
     stems = sys.argv[1:]
     for stem in stems or [""]:
         if stem not in common.setups():
             print(f"STEM: got {stem!r}, allowed: {', '.join(common.setups())}\n\n{__doc__}", file=sys.stderr)
             return 2
-    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read at the first allocation
     for stem in stems:
         once(stem)
     return 0

@@ -411,8 +411,8 @@ common.main("About.", lambda quick: [("killed",), ("wrong",), ("good",)], setup)
 
 def test_a_case_whose_process_ends_is_said_and_the_others_go_on(tmp_path):
     """As where the system takes back the memory of one."""
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command, environment = [sys.executable, "-c", KILLED, str(tmp_path)], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
     assert found.returncode == 1 and "without rows: op, killed, allocator default; op, wrong" in found.stderr
     assert "op, killed, allocator default: signal 9 ended it" in found.stderr
     assert "op, wrong, allocator default: failed, as shown above" in found.stderr
@@ -465,6 +465,7 @@ def test_short_kernels_do_not_wait_for_their_launches(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", gpu.event)
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(common, "_take_workspaces", lambda: None)
     monkeypatch.setattr(common, "_empty_l2", lambda: gpu.launch(0.005, 0.1))
     monkeypatch.setattr(common, "extra_memory", lambda step: step())
     monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: gpu.host / 1e3))
