@@ -8,6 +8,7 @@ import json
 import os
 import pkgutil
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -603,6 +604,7 @@ def test_evidence_is_of_one_commit(monkeypatch, tmp_path):
     assert evidence.results("tests", out)["bad"]["state"] == "failed"
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_two_changed_trees_are_not_one(monkeypatch, tmp_path):
     """Nor is a tree without git taken for another; a copy is told what it is of."""
     (tmp_path / "benches").mkdir()
