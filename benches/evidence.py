@@ -112,10 +112,8 @@ def spread() -> list[str]:
 
 def sanitizer() -> str:
     """Where CUDA's toolkit has it, or else its name."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    name = "compute-sanitizer"
-    return shutil.which(name) or shutil.which(name, path=f"{CUDA_HOME}/bin") or name
+    name, toolkit = "compute-sanitizer", os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(name) or shutil.which(name, path=f"{toolkit}/bin") or name
 
 
 def run(part: str, out: Path) -> int:
