@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssl_fast._checks import check_flags
+
 Strategy = Literal["gather", "ring"]
 Visit = Callable[..., list[Tensor]]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -72,8 +74,7 @@ def check_strategy(strategy: object) -> None:
 def processes(gather_distributed: bool, group: Any, strategy: str) -> Any:
     """The process group that shares a loss's batch; None where this process is alone with it."""
     check_strategy(strategy)
-    if not isinstance(gather_distributed, bool):
-        raise TypeError(f"gather_distributed: got {gather_distributed!r}, allowed: True, False")
+    check_flags(gather_distributed=gather_distributed)
     if not (gather_distributed or group is not None) or not (dist.is_available() and dist.is_initialized()):
         return None
     if dist.get_rank(group) < 0:

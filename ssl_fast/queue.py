@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_fast._checks import check_flags, whole
 from ssl_fast._distributed import processes, share
 
 
@@ -53,9 +54,8 @@ class KeyQueue(nn.Module):
         group: Any = None,
     ) -> None:
         super().__init__()
-        for name, value in (("size", size), ("dim", dim)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, allowed: a whole number >= 1")
+        size, dim = whole("size", size), whole("dim", dim)
+        check_flags(normalize=normalize, gather_distributed=gather_distributed)
         self.gather_distributed, self.group = gather_distributed or group is not None, group
         # The negatives of a loss over several processes are the same on each, whatever their seeds.
         same = torch.Generator().manual_seed(0) if self.gather_distributed else None

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional as F
 
-from ssl_fast import BarlowTwinsLoss
+from ssl_fast import BarlowTwins, BarlowTwinsLoss
 from ssl_fast.functional import barlow_twins
 from ssl_fast.ops import barlow_twins as home
 
@@ -261,6 +261,9 @@ def test_autocast_and_second_derivatives():
         (lambda z: barlow_twins(z, z, -1.0), "lambda_param: got -1.0"),
         (lambda z: barlow_twins(z, z, eps=float("nan")), "eps: got nan"),
         (lambda z: BarlowTwinsLoss(True), "lambda_param: got True"),
+        (lambda z: BarlowTwinsLoss(eps=-1), "eps: got -1"),
+        (lambda z: BarlowTwins("resnet18", 4), "encoder: got 'resnet18', allowed: an nn.Module"),
+        (lambda z: BarlowTwins(torch.nn.Flatten(), True), "features: got True, allowed: a whole number >= 1"),
         (lambda z: barlow_twins(z, z, strategy="tree"), "strategy: got 'tree'"),
     ],
 )

@@ -308,7 +308,7 @@ def test_opcheck_and_compile() -> None:
 BAD = {
     "momentum: got 1.5": (lambda t, s: (t, s, 1.5), ValueError),
     "momentum: got nan": (lambda t, s: (t, s, float("nan")), ValueError),
-    "momentum: got str": (lambda t, s: (t, s, "0.9"), TypeError),
+    "momentum: got '0.9'": (lambda t, s: (t, s, "0.9"), TypeError),
     r"momentum: got torch.bfloat16 of shape \(\)": (lambda t, s: (t, s, torch.tensor(0.9).bfloat16()), TypeError),
     r"momentum: got torch.float32 of shape \(2,\)": (lambda t, s: (t, s, torch.ones(2)), TypeError),
     "momentum: got device meta": (lambda t, s: (t, s, torch.ones((), device="meta")), ValueError),

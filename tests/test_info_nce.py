@@ -10,9 +10,11 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from common import DEVICE, FLOOR, NeverWaits, assert_close, backends, tensors
@@ -21,8 +23,8 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 import ssl_fast
-from ssl_fast import CLIPLoss, InfoNCE, KeyQueue, NTXentLoss, SupConLoss
-from ssl_fast.functional import clip, info_nce, nt_xent, sup_con
+from ssl_fast import BarlowTwinsLoss, CLIPLoss, InfoNCE, KeyQueue, NTXentLoss, SupConLoss
+from ssl_fast.functional import barlow_twins, clip, info_nce, nt_xent, sup_con
 from ssl_fast.ops import info_nce as home
 from ssl_fast.ops._info_nce_sup_con import sup_con_fwd
 
@@ -696,13 +698,41 @@ def test_a_memory_bank_is_enqueued_after_the_loss_and_only_in_training():
 
 
 def test_numbers_of_any_kind_are_numbers():
-    import numpy as np
+    q, k = tensors((4, 3), (4, 3), dtype=torch.float32)
+    for ten in (np.float32(10), np.float64(10), 10, Fraction(10), torch.tensor(10)):
+        torch.testing.assert_close(clip(q, k, ten), clip(q, k, 10.0))
+        torch.testing.assert_close(nt_xent(q, k, ten), nt_xent(q, k, 10.0))
+        torch.testing.assert_close(SupConLoss(ten)(q, IDS.to(DEVICE)), sup_con(q, IDS.to(DEVICE), 10.0))
+    for bias in (0.5, Fraction(1, 2), np.float32(2), torch.ones(1)):
+        assert clip(q, k, 10.0, bias) == clip(q, k, 10.0)
+    for quarter in (np.float32(0.25), Fraction(1, 4)):
+        for name in ("label_smoothing", "tau_plus"):
+            torch.testing.assert_close(nt_xent(q, k, **{name: quarter}), nt_xent(q, k, **{name: 0.25}))
+        torch.testing.assert_close(BarlowTwinsLoss(quarter)(q, k), barlow_twins(q, k, 0.25))
+        torch.testing.assert_close(BarlowTwinsLoss(eps=quarter)(q, k), barlow_twins(q, k, eps=0.25))
 
-    expected = clip(Q, Q, 10.0)
-    for scale in (np.float32(10), np.float64(10), 10, torch.tensor(10)):
-        torch.testing.assert_close(clip(Q, Q, scale), expected)
-    for bias in (0.5, np.float32(2), torch.ones(1)):
-        assert clip(Q, Q, 10.0, bias) == expected
+
+@pytest.mark.parametrize("loss", [NTXentLoss, InfoNCE, CLIPLoss, SupConLoss, BarlowTwinsLoss])
+def test_modules_refuse_values_when_they_are_made(loss):
+    for name, value, message in (
+        ("strategy", "tree", "'tree', allowed: 'gather', 'ring'"),
+        ("gather_distributed", "no", "'no', allowed: True, False"),
+        ("decoupled", "no", "'no', allowed: True, False"),
+        ("normalize", "no", "'no', allowed: True, False"),
+        ("return_lse", "no", "'no', allowed: True, False"),
+        ("label_smoothing", True, "True, allowed: a number from 0 to 1"),
+        ("reduction", None, "None, allowed: 'mean', 'sum', 'none'"),
+    ):
+        if loss is not BarlowTwinsLoss or name in ("strategy", "gather_distributed"):
+            with pytest.raises((ValueError, TypeError), match=f"{name}: got {message}"):
+                loss(**{name: value})
+
+
+def test_options_of_a_call_replace_those_of_its_module():
+    q, k = tensors((8, 12), (8, 12), dtype=torch.float32)
+    ids = torch.arange(8, device=DEVICE) % 3
+    assert InfoNCE(normalize=False)(q, k, normalize=True, reduction="sum") == info_nce(q, k, reduction="sum")
+    assert SupConLoss(reduction="sum")(q, ids, reduction="mean") == sup_con(q, ids)
 
 
 def test_clip_module_takes_open_clips_arguments():
@@ -792,7 +822,7 @@ def test_autocast_rounds_no_similarity():
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
-Q = torch.ones(4, 3)
+Q, IDS = torch.ones(4, 3), torch.arange(4)
 
 
 @pytest.mark.parametrize(
@@ -805,7 +835,7 @@ Q = torch.ones(4, 3)
         (lambda: info_nce(Q, Q, in_batch=False), "negative_keys: got None with in_batch=False"),
         (lambda: info_nce(Q, Q, temperature=0.0), "temperature: got 0.0, allowed: a float above 0"),
         (lambda: info_nce(Q, Q, tau_plus=1.0), "tau_plus: got 1.0, allowed: at least 0 and below 1"),
-        (lambda: info_nce(Q, Q, label_smoothing=-0.1), "label_smoothing: got -0.1, allowed: 0 to 1"),
+        (lambda: info_nce(Q, Q, label_smoothing=-0.1), "label_smoothing: got -0.1, allowed: a number from 0 to 1"),
         (lambda: info_nce(Q, Q, group_ids=torch.ones(4)), r"group_ids: got torch.float32 \(4,\), allowed"),
         (lambda: info_nce(Q, Q, sample_weight=torch.ones(3)), r"sample_weight: got torch.float32 \(3,\)"),
         (lambda: info_nce(Q, Q, Q, group_ids=torch.ones(4).long()), "negative_group_ids: got None"),
@@ -813,7 +843,7 @@ Q = torch.ones(4, 3)
         (lambda: info_nce(Q, Q, paired_negative_keys=Q[:, None], group_ids=Q[:, 0].long()), "group_ids: got ids with"),
         (lambda: info_nce(Q, Q, negative_group_ids=torch.ones(4).long()), "negative_group_ids: got ids without"),
         (lambda: clip(Q, Q, "a"), "logit_scale: got 'a', allowed: a float above 0"),
-        (lambda: clip(Q, Q, torch.ones(2)), r"logit_scale: got shape \(2,\)"),
+        (lambda: clip(Q, Q, torch.ones(2)), r"logit_scale: got torch.float32 of shape \(2,\), allowed: a float"),
         (lambda: InfoNCE(negative_mode="pared"), "negative_mode: got 'pared', allowed: 'unpaired', 'paired'"),
         (lambda: clip(Q, Q, -1.0), "logit_scale: got -1.0, allowed: a float above 0"),
         (lambda: CLIPLoss(world_size=2)(Q, Q, 10.0), "world_size: got 2, allowed: 1"),
@@ -825,17 +855,45 @@ Q = torch.ones(4, 3)
         (lambda: info_nce(Q, Q, paired_negative_keys=Q[:, None].to("meta")), "paired_negative_keys: got device meta"),
         (lambda: info_nce(Q, Q, group_ids=torch.ones(4, dtype=torch.cfloat)), "group_ids: got torch.complex64"),
         (lambda: info_nce(Q, Q, sample_weight=torch.ones(4, dtype=torch.cfloat)), "sample_weight: got torch.complex64"),
-        (lambda: nt_xent(Q, Q, decoupled="no"), "decoupled: got 'no', allowed: True or False"),
-        (lambda: sup_con(Q, torch.ones(4).long(), decoupled=1), "decoupled: got 1, allowed: True or False"),
-        (lambda: nt_xent(Q, Q, label_smoothing=None), "label_smoothing: got None, allowed: 0 to 1"),
+        (lambda: nt_xent(Q, Q, decoupled="no"), "decoupled: got 'no', allowed: True, False"),
+        (lambda: sup_con(Q, torch.ones(4).long(), decoupled=1), "decoupled: got 1, allowed: True, False"),
+        (lambda: nt_xent(Q, Q, label_smoothing=None), "label_smoothing: got None, allowed: a number from 0"),
         (lambda: clip(Q, Q, 1.0, tau_plus="0.1"), "tau_plus: got '0.1', allowed: at least 0"),
-        (lambda: clip(Q, Q, 1.0, torch.ones(3)), r"logit_bias: got shape \(3,\) of torch.float32, allowed: a number"),
+        (lambda: clip(Q, Q, 1.0, torch.ones(3)), r"logit_bias: got torch.float32 of shape \(3,\), allowed: a number"),
         (lambda: clip(Q, Q, 1.0, "b"), "logit_bias: got 'b', allowed: a number"),
-        (lambda: NTXentLoss(foo=1), "foo: got an option that nt_xent does not have, allowed: normalize, "),
-        (lambda: NTXentLoss(0.1, (8, 3), foo=1), "foo: got an option that info_nce does not have, allowed: paired_neg"),
-        (lambda: InfoNCE(foo=1), "foo: got an option that info_nce does not have, allowed: in_batch, normalize"),
-        (lambda: CLIPLoss(foo=1), "foo: got an option that clip does not have"),
-        (lambda: SupConLoss(group_ids=None), "group_ids: got an option that sup_con does not have"),
+        (lambda: NTXentLoss(foo=1), "foo: got an option that NTXentLoss does not have, allowed: temperature, memory_b"),
+        (lambda: NTXentLoss(in_batch=True), "in_batch: got an option that NTXentLoss does not have"),
+        (lambda: NTXentLoss(0.1, (8, 3), foo=1), "foo: got an option that NTXentLoss does not have.*: .*in_batch"),
+        (lambda: InfoNCE(foo=1), "foo: got an option that InfoNCE does not have, allowed: temp.*, in_batch, normalize"),
+        (lambda: InfoNCE(temprature=1), "temprature: got an option .* have, did you mean 'temperature'[?] allowed: "),
+        (lambda: CLIPLoss(worldsize=2), "worldsize: got an option .* have, did you mean 'world_size'[?] allowed: "),
+        (lambda: SupConLoss(group_ids=None), "group_ids: got an option that SupConLoss does not have"),
+        (lambda: BarlowTwinsLoss(foo=1), "foo: got an option that BarlowTwinsLoss does not have, allowed: lambda"),
+        (lambda: clip(Q, Q, torch.tensor(2 + 3j)), r"logit_scale: got torch.complex64 of shape \(\), allowed: a float"),
+        (lambda: clip(Q, Q, 2 + 3j), r"logit_scale: got \(2\+3j\), allowed: a float above 0"),
+        (lambda: clip(Q, Q, torch.tensor(True)), "logit_scale: got torch.bool of shape"),
+        (lambda: clip(Q, Q, 10**400), "logit_scale: got 10+, allowed: a float above 0"),
+        (lambda: clip(Q, Q, 1.0, True), "logit_bias: got True, allowed: a number"),
+        (lambda: clip(Q, Q, torch.ones(()).to("meta")), "logit_scale: got device meta, which holds no value, .*, cpu"),
+        (lambda: nt_xent(Q, Q, torch.ones(()).to("meta")), "temperature: got device meta, which holds no value"),
+        (lambda: nt_xent(Q, Q, torch.tensor(1j)), "temperature: got torch.complex64 of shape"),
+        (lambda: nt_xent(Q, Q, 10**400), "temperature: got 10+, allowed: a float above 0 and finite"),
+        (lambda: nt_xent(Q, Q, normalize="no"), "normalize: got 'no', allowed: True, False"),
+        (lambda: info_nce(Q, Q, normalize=1), "normalize: got 1, allowed: True, False"),
+        (lambda: clip(Q, Q, 1.0, normalize="no"), "normalize: got 'no', allowed: True, False"),
+        (lambda: sup_con(Q, IDS, normalize=None), "normalize: got None, allowed: True, False"),
+        (lambda: nt_xent(Q, Q, return_lse="no"), "return_lse: got 'no', allowed: True, False"),
+        (lambda: clip(Q, Q, 1.0, return_lse="no"), "return_lse: got 'no', allowed: True, False"),
+        (lambda: sup_con(Q, IDS, return_lse="no"), "return_lse: got 'no', allowed: True, False"),
+        (lambda: info_nce(Q, Q, Q, in_batch="no"), "in_batch: got 'no', allowed: True, False"),
+        (lambda: info_nce(Q, Q, label_smoothing=True), "label_smoothing: got True, allowed: a number from 0 to 1"),
+        (lambda: nt_xent(Q, Q, reduction=None), "reduction: got None, allowed: 'mean', 'sum', 'none'"),
+        (lambda: info_nce(Q, Q, paired_negative_keys=Q[:, None][:, :0]), r"= \(4, M, 3\), M >= 1; leave it out where"),
+        (lambda: sup_con(Q, IDS.float()), r"labels: got torch.float32 \(4,\), .*; cast whole numbers with .long\(\)"),
+        (lambda: sup_con(Q, [0, 1, 2, 3]), r"labels: got list, allowed: a tensor of integers, .*; take torch.as_t"),
+        (lambda: CLIPLoss(world_size="2"), "world_size: got '2', allowed: a whole number >= 1"),
+        (lambda: KeyQueue(8, 3, normalize="no"), "normalize: got 'no', allowed: True, False"),
+        (lambda: barlow_twins(Q, Q, 10**400), "lambda_param: got 10+, allowed: a finite number >= 0"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(call, message):

@@ -243,7 +243,14 @@ class Other(nn.BatchNorm2d):
         ({"bn_splits": 0}, "bn_splits: got 0"),
         ({"T": 0.0}, "T: got 0.0, allowed: a number above 0"),
         ({"T": "0.2"}, "T: got '0.2', allowed: a number above 0"),
+        ({"T": float("inf")}, "T: got inf, allowed: a number above 0 and finite"),
+        ({"T": True}, "T: got True, allowed: a number above 0"),
+        ({"m": float("nan")}, "m: got nan"),
+        ({"m": True}, "m: got True, allowed: a float in"),
+        ({"K": True}, "K: got True, allowed: a whole number >= 1"),
         ({"mlp": "no"}, "mlp: got 'no', allowed: True, False"),
+        ({"features": True}, "features: got True, allowed: a whole number >= 1"),
+        ({"encoder": lambda: "resnet18", "features": None}, "base_encoder: got 'resnet18', allowed: a function of num"),
         (
             {"encoder": lambda: lambda num_classes: nn.Sequential(nn.Linear(3, num_classes))},
             "features: got 24 with a func",
@@ -256,7 +263,7 @@ class Other(nn.BatchNorm2d):
     ],
 )
 def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         moco(**arguments)
 
 
@@ -346,6 +353,7 @@ def test_train_and_evaluate(tmp_path):
         ({"K": 128}, "K: got 128, smaller than the 360 keys"),
         ({"batch_size": 100}, "bn_splits: got 8 for a batch of 100"),
         ({"m": 2.0}, "m: got 2.0"),
+        ({"T": float("inf")}, "T: got inf, allowed: a number above 0 and finite"),
         ({"schedule": "steps"}, "schedule: got 'steps', did you mean 'step'"),
         ({"method": "moco"}, "method: got 'moco', did you mean 'moco_v"),
     ],

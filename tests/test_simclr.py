@@ -64,9 +64,20 @@ def test_heads(head, width, layers):
     assert sum(isinstance(m, nn.Linear) for m in model.modules()) == layers
 
 
-def test_unknown_head():
-    with pytest.raises(ValueError, match="head: got 'mlp', allowed: nonlinear, linear, none"):
-        SimCLR(nn.Flatten(), 12, head="mlp")
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"head": "mlp"}, "head: got 'mlp', allowed: nonlinear, linear, none"),
+        ({"dim": True}, "dim: got True, allowed: a whole number >= 1, such as 128"),
+        ({"features": None}, "features: got None, allowed: a whole number >= 1"),
+        ({"temperature": float("inf")}, "temperature: got inf, allowed: a float above 0 and finite"),
+        ({"encoder": "resnet18"}, "encoder: got 'resnet18', allowed: an nn.Module"),
+        ({"loss": "nt_xent"}, "loss: got 'nt_xent', allowed: None, or a loss of z"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        SimCLR(**{"encoder": nn.Flatten(), "features": 12, **arguments})
 
 
 def curve(out, loss=None, steps=50):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ssl_fast._checks import check_callable, whole
 from ssl_fast._distributed import Strategy
 from ssl_fast.cached import CachedStep, check_rows_of_head
 from ssl_fast.ops.barlow_twins import BarlowTwinsLoss
@@ -36,8 +37,8 @@ class BarlowTwins(nn.Module):
         strategy: Strategy = "gather",
     ) -> None:
         super().__init__()
-        if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
-            raise ValueError(f"dim: got {dim!r}, allowed: a whole number >= 1, such as 8192")
+        features, dim = whole("features", features), whole("dim", dim, hint=", such as 8192")
+        check_callable("encoder", encoder, "an nn.Module from images (N, C, H, W) to h (N, features)")
         self.encoder = encoder
         self.head = projector(features, dim)
         self.loss = BarlowTwinsLoss(lambda_param, gather_distributed=True, strategy=strategy)

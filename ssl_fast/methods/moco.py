@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_fast._checks import as_float, check_callable, check_flags, is_number, whole
 from ssl_fast._distributed import gather, rank_and_world, shared_permutation
 from ssl_fast.accelerate import SWAPS
 from ssl_fast.cached import CachedStep
@@ -74,13 +76,10 @@ class MoCo(nn.Module):
         bn_splits: int = 1,
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("K", K), ("bn_splits", bn_splits)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, allowed: a whole number >= 1")
-        if not isinstance(T, (int, float)) or not T > 0:
-            raise ValueError(f"T: got {T!r}, allowed: a number above 0, such as 0.07 or 0.2")
-        if not isinstance(mlp, bool):
-            raise ValueError(f"mlp: got {mlp!r}, allowed: True, False")
+        dim, K, bn_splits = whole("dim", dim), whole("K", K), whole("bn_splits", bn_splits)
+        if not is_number(T) or not 0 < as_float(T) < math.inf:
+            raise ValueError(f"T: got {T!r}, allowed: a number above 0 and finite, such as 0.07 or 0.2")
+        check_flags(mlp=mlp)
         _momentum("m", m, ())
         self.encoder, self.head = _encoder_and_head(base_encoder, dim, features)
         if mlp:
@@ -90,7 +89,7 @@ class MoCo(nn.Module):
             _split_norms(self.encoder, bn_splits)
         self.key = EMA(self._query(), momentum=m, buffers="none")
         self.queue = KeyQueue(K, dim)
-        self.T, self.bn_splits = T, bn_splits
+        self.T, self.bn_splits = float(T), bn_splits
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> Tensor:
         """The loss, a scalar, of two views (N, C, H, W) of the same N images."""
@@ -194,7 +193,8 @@ def _encoder_and_head(base: Callable[..., Any], dim: int, features: int | None) 
                 "features: got None with a module as base_encoder, allowed: the width of its output, a whole number; "
                 "or pass a function of num_classes, such as torchvision.models.resnet50"
             )
-        return base, nn.Linear(features, dim)
+        return base, nn.Linear(whole("features", features), dim)
+    check_callable("base_encoder", base, "a function of num_classes, such as torchvision.models.resnet50, or a module")
     network = base(num_classes=dim)
     linear = [name for name, module in network.named_modules() if name and isinstance(module, nn.Linear)]
     head: Any = network.get_submodule(linear[-1]) if linear else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ssl_fast._checks import check_callable, whole
 from ssl_fast._distributed import Strategy
 from ssl_fast.cached import CachedStep, check_rows_of_head
 from ssl_fast.ops.nt_xent import NTXentLoss
@@ -46,12 +47,13 @@ class SimCLR(nn.Module):
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"head: got {head!r}, allowed: {', '.join(HEADS)}")
-        if not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"dim: got {dim!r}, allowed: a whole number >= 1, such as 128")
+        features, dim = whole("features", features), whole("dim", dim, hint=", such as 128")
+        check_callable("encoder", encoder, "an nn.Module from images (N, C, H, W) to h (N, features)")
         self.encoder = encoder
         self.head = projection_head(head, features, dim)
         ours = NTXentLoss(temperature, gather_distributed=True, strategy=strategy)
         self.loss = ours if loss is None else loss
+        check_callable("loss", self.loss, "None, or a loss of z of the first and of the second views, (N, dim) each")
 
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
         """The loss, a scalar, of two views (N, C, H, W) of the same N images."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ssl_fast._checks import as_float, whole
 from ssl_fast._distributed import Strategy, count_processes, processes, share
 from ssl_fast._op import records
 from ssl_fast.ops import _losses
@@ -19,7 +19,7 @@ def clip(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: float | Tensor,
-    logit_bias: Tensor | None = None,
+    logit_bias: float | Tensor | None = None,
     *,
     normalize: bool = False,
     reduction: Reduction = "mean",
@@ -42,7 +42,8 @@ def clip(
     Args:
         image_features, text_features: (N, D), fp16, bf16, fp32 or fp64, any strides; row i of each: one pair.
         logit_scale: 1 / temperature: a float above 0, or a tensor of one element, which gets a gradient.
-        logit_bias: a number added to every logit, which a softmax does not see: its gradient is zero.
+        logit_bias: a number, or a tensor of one element, added to every logit, which a softmax does not see: its
+            gradient is zero.
         normalize: divide every row by its L2 norm first. False, as in open_clip, whose models normalise.
         reduction: "mean" and "sum" give a scalar, "none" the mean of both directions of each pair, (N,).
         return_lse: also return the (2, N) log-sum-exp of the logits of each image and of each text, the positive's
@@ -66,11 +67,14 @@ def clip(
     )
     N = len(image)
     _losses.check_options(
-        reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, decoupled=decoupled, group_ids=group_ids
-    )
+        reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, group_ids=group_ids, decoupled=decoupled,
+        normalize=normalize, return_lse=return_lse,
+    )  # fmt: skip
     group_ids = _losses.check_per_row("group_ids", group_ids, N, image.device, integer=True)
     _losses.check_per_row("sample_weight", sample_weight, N, image.device, integer=False)
     t = _losses.check_temperature(_inverse(logit_scale, image), image)
+    if logit_bias is not None:
+        _losses.check_number("logit_bias", logit_bias, "a number", image)
 
     ranks = share(
         image, group, strategy, requires_grad=records(image, text, t), text_requires_grad=records(text),
@@ -108,28 +112,19 @@ def clip(
         )
     loss = (losses[0] + losses[1]) / 2
     if logit_bias is not None:
-        loss = loss + 0 * _number("logit_bias", logit_bias, loss)
+        bias = logit_bias.to(loss).reshape(()) if isinstance(logit_bias, Tensor) else as_float(logit_bias)
+        loss = loss + 0 * bias
     loss = _losses.reduce(loss, reduction, sample_weight, ranks)
     return (loss, torch.logaddexp(torch.stack(tuple(lses)), pos / positive(t))) if return_lse else loss
 
 
 def _inverse(logit_scale: float | Tensor, z: Tensor) -> float | Tensor:
+    _losses.check_number("logit_scale", logit_scale, "a float above 0, such as 1 / 0.07", z)
     if isinstance(logit_scale, Tensor):
-        if logit_scale.numel() != 1:
-            raise ValueError(f"logit_scale: got shape {tuple(logit_scale.shape)}, allowed: a tensor of one element")
         return logit_scale.to(accumulator(z)).reciprocal()
-    if isinstance(logit_scale, bool) or not isinstance(logit_scale, numbers.Real) or not 1e-30 < logit_scale < 1e30:
+    if not 1e-30 < as_float(logit_scale) < 1e30:
         raise ValueError(f"logit_scale: got {logit_scale!r}, allowed: a float above 0, such as 1 / 0.07")
     return 1 / float(logit_scale)
-
-
-def _number(name: str, value: object, loss: Tensor) -> Tensor:
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        return value.to(loss).reshape(())
-    if isinstance(value, Tensor) or not isinstance(value, numbers.Real):
-        got = f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"{name}: got {got}, allowed: a number, or a real tensor of one element")
-    return loss.new_tensor(float(value))
 
 
 class CLIPLoss(nn.Module):
@@ -163,8 +158,8 @@ class CLIPLoss(nn.Module):
         super().__init__()
         if use_horovod:
             raise ValueError("use_horovod: got True, allowed: False; processes are those of torch.distributed")
-        _losses.check_known(options, clip)
-        if world_size > 1:
+        _losses.check_module(self, clip, options)
+        if whole("world_size", world_size) > 1:
             options = {"gather_distributed": True, **options}
         self.world_size = world_size
         self.options = options
@@ -174,7 +169,7 @@ class CLIPLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: float | Tensor,
-        logit_bias: Tensor | None = None,
+        logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
         **per_call: Any,
     ) -> Any:

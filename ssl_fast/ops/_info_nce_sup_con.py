@@ -347,7 +347,9 @@ def sup_con(
     z, _ = _losses.check_embeddings("embeddings", z, "embeddings", z, empty=group is not None)
     images = len(z) // views
     t = _losses.check_temperature(temperature, z)
-    _losses.check_options(reduction, label_smoothing=label_smoothing, decoupled=decoupled)
+    _losses.check_options(
+        reduction, label_smoothing=label_smoothing, decoupled=decoupled, normalize=normalize, return_lse=return_lse
+    )
     labels = _losses.check_per_row("labels", labels, images, z.device, integer=True)
     if labels is None:
         raise ValueError("labels: got None with embeddings (M, D), allowed: (M,) integers, or embeddings (N, V, D)")
@@ -375,7 +377,7 @@ def sup_con(
     if label_smoothing:
         others = (z * (_losses.total(z.sum(0), ranks) - z)).sum(1)
         among = (len(z) if ranks is None else ranks.total) - 1
-        target = torch.lerp(target, others / max(among, 1), label_smoothing)
+        target = torch.lerp(target, others / max(among, 1), float(label_smoothing))
     loss = torch.where(has, lse - target / positive(t), 0)
     if reduction == "mean":
         weight = has.to(loss.dtype) if sample_weight is None else has * sample_weight.to(loss.dtype)
@@ -414,12 +416,12 @@ class SupConLoss(nn.Module):
     def __init__(self, temperature: float | Tensor = 0.1, **options: Any) -> None:
         super().__init__()
         _losses.check_temperature_alone(temperature)
-        _losses.check_known(options, sup_con)
+        _losses.check_module(self, sup_con, options)
         self.temperature = temperature
         self.options = options
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None, **per_call: Any) -> Tensor:
-        return sup_con(embeddings, labels, self.temperature, **self.options, **per_call)
+        return sup_con(embeddings, labels, self.temperature, **{**self.options, **per_call})
 
     def extra_repr(self) -> str:
         t = self.temperature

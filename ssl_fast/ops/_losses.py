@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_fast._distributed import Ranks
+from ssl_fast._checks import as_float, check_flags, is_number
+from ssl_fast._distributed import Ranks, check_strategy
+from ssl_fast._extras import nearest
 from ssl_fast._op import HALF_AND_FLOAT, autocast_dtype
 
 Reduction = Literal["mean", "sum", "none"]
@@ -109,12 +110,12 @@ def row_loss(
     if tau_plus:
         # Filled in on the device: torch.as_tensor would copy a number there and wait, which no CUDA graph captures.
         n = negatives.to(d.dtype) if isinstance(negatives, Tensor) else d.new_full((), negatives)
-        d = _debiased(d, pos, temperature, n, tau_plus)
+        d = _debiased(d, pos, temperature, n, float(tau_plus))
     # A row that sees no negative has nothing to learn from: softplus says 0, and so does the decoupled form.
     loss = torch.where(d == -torch.inf, 0, d) if decoupled else torch.logaddexp(d, torch.zeros_like(d))
     if label_smoothing and negative_sum is not None:
         mean = (pos + negative_sum) / (negatives + 1)
-        loss = loss + label_smoothing * (pos - mean) / temperature
+        loss = loss + float(label_smoothing) * (pos - mean) / temperature
     return loss
 
 
@@ -202,42 +203,48 @@ def check_temperature(temperature: float | Tensor, z: Tensor) -> Tensor:
     dtype = accumulator(z)
     if isinstance(temperature, float) and _LEAST_TEMPERATURE < temperature < math.inf:
         return torch.scalar_tensor(temperature, dtype=dtype, device=z.device)
-    check_temperature_alone(temperature)
+    check_temperature_alone(temperature, z)
     if isinstance(temperature, Tensor):
         return temperature.reshape(()).to(z.device, dtype)
-    return torch.scalar_tensor(temperature, dtype=dtype, device=z.device)
+    return torch.scalar_tensor(float(temperature), dtype=dtype, device=z.device)
 
 
-def check_temperature_alone(temperature: object) -> None:
+def check_temperature_alone(temperature: Any, z: Tensor | None = None) -> None:
     """What a module can check before it sees embeddings."""
-    if isinstance(temperature, Tensor):
-        if temperature.numel() != 1 or temperature.is_complex():
-            raise ValueError(
-                f"temperature: got {temperature.dtype} of shape {tuple(temperature.shape)}, allowed: a float, or a "
-                "real tensor of one element"
-            )
-    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float, numbers.Real)):
-        raise TypeError(f"temperature: got {temperature!r}, allowed: a float above 0, or a tensor of one element")
-    elif not _LEAST_TEMPERATURE < float(temperature) < math.inf:
-        raise ValueError(f"temperature: got {temperature}, allowed: a float above 0 and finite, such as 0.1 or 0.5")
+    check_number("temperature", temperature, "a float above 0 and finite, such as 0.1 or 0.5", z)
+    if not isinstance(temperature, Tensor) and not _LEAST_TEMPERATURE < as_float(temperature) < math.inf:
+        raise ValueError(f"temperature: got {temperature!r}, allowed: a float above 0 and finite, such as 0.1 or 0.5")
+
+
+def check_number(name: str, value: object, allowed: str, z: Tensor | None = None) -> None:
+    """A number, or a tensor of one, whose value is not looked at, but can be on z's device."""
+    if not isinstance(value, Tensor):
+        if not is_number(value):
+            raise TypeError(f"{name}: got {value!r}, allowed: {allowed}, or a tensor of one element")
+    elif value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(
+            f"{name}: got {value.dtype} of shape {tuple(value.shape)}, allowed: {allowed}, or a real tensor of one "
+            "element"
+        )
+    elif z is not None and value.is_meta and not z.is_meta:
+        raise ValueError(f"{name}: got device meta, which holds no value, allowed: that of the embeddings, {z.device}")
 
 
 def check_options(
-    reduction: str,
+    reduction: str = "mean",
     *,
     label_smoothing: float = 0.0,
     tau_plus: float = 0.0,
-    decoupled: bool = False,
     group_ids: object = None,
+    **flags: object,
 ) -> None:
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, allowed: 'mean', 'sum', 'none'")
-    if not isinstance(label_smoothing, numbers.Real) or not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: got {label_smoothing!r}, allowed: 0 to 1")
-    if not isinstance(tau_plus, numbers.Real) or not 0 <= tau_plus < 1:
+    check_flags(**flags)
+    if not is_number(label_smoothing) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: got {label_smoothing!r}, allowed: a number from 0 to 1")
+    if not is_number(tau_plus) or not 0 <= tau_plus < 1:
         raise ValueError(f"tau_plus: got {tau_plus!r}, allowed: at least 0 and below 1, such as 0.1 for ten classes")
-    if not isinstance(decoupled, bool):
-        raise TypeError(f"decoupled: got {decoupled!r}, allowed: True or False")
     if label_smoothing and group_ids is not None:
         raise ValueError(
             "label_smoothing: got a value above 0 with group_ids, allowed: one of the two; masked negatives have no "
@@ -245,14 +252,29 @@ def check_options(
         )
 
 
-def check_known(options: Mapping[str, object], function: Callable[..., Any], *given: str) -> None:
-    """Options that a module hands on to a function at each call: keywords of it, but those `given` otherwise."""
-    parameters = inspect.signature(function).parameters.values()
-    allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given]
+# Those of options that do not depend on a batch.
+_CHECKED = (
+    "reduction", "label_smoothing", "tau_plus", "decoupled", "normalize", "return_lse", "in_batch", "gather_distributed"
+)  # fmt: skip
+
+
+def check_module(module: nn.Module, function: Callable[..., Any], options: dict[str, Any], *given: str) -> None:
+    """What a module can check of the options that it hands on to a function at each call: that they are arguments of
+    the module or keywords of the function, but those `given` otherwise, and their values."""
+    own = [p.name for p in inspect.signature(type(module)).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    allowed = [name for name in dict.fromkeys([*own, *keywords]) if name not in given]
     for name in options:
         if name not in allowed:
-            known = ", ".join(allowed)
-            raise TypeError(f"{name}: got an option that {function.__name__} does not have, allowed: {known}")
+            raise TypeError(
+                f"{name}: got an option that {type(module).__name__} does not have, {nearest(name, allowed)}allowed: "
+                f"{', '.join(allowed)}"
+            )
+    check_strategy(options.get("strategy", "gather"))
+    values = {name: options[name] for name in _CHECKED if name in options}
+    if values.get("in_batch", True) is None:  # as the other negatives have it
+        del values["in_batch"]
+    check_options(**values)
 
 
 def check_per_row(
@@ -261,11 +283,13 @@ def check_per_row(
     """None, or (count,) on a device; integers come back as int64."""
     if values is None:
         return None
-    kind = "integers" if integer else "numbers"
-    other = isinstance(values, Tensor) and (values.is_complex() or (integer and values.is_floating_point()))
-    if not isinstance(values, Tensor) or values.shape != (count,) or other:
-        got = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"{name}: got {got}, allowed: a tensor of {kind}, one for each row, of shape ({count},)")
+    allowed = f"a tensor of {'integers' if integer else 'numbers'}, one for each row, of shape ({count},)"
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name}: got {type(values).__name__}, allowed: {allowed}; take torch.as_tensor(...)")
+    inexact = integer and values.is_floating_point()
+    if values.shape != (count,) or values.is_complex() or inexact:
+        step = "; cast whole numbers with .long()" if inexact else ""
+        raise ValueError(f"{name}: got {values.dtype} {tuple(values.shape)}, allowed: {allowed}{step}")
     if values.device != device:
         raise ValueError(f"{name}: got device {values.device}, allowed: that of the embeddings, {device}")
     return values.long() if integer else values

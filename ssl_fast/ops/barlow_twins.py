@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_fast._distributed import Ranks, Strategy, check_strategy, processes, share
+from ssl_fast._checks import as_float, is_number
+from ssl_fast._distributed import Ranks, Strategy, processes, share
 from ssl_fast._op import Op, records
 from ssl_fast.ops import _losses
 from ssl_fast.ops._losses import accumulator, differentiable_once
@@ -279,6 +280,7 @@ def barlow_twins(
     group = processes(gather_distributed, group, strategy)
     z_a, z_b = _losses.check_embeddings("z_a", z_a, "z_b", z_b, empty=group is not None)
     check_weights(lambda_param, eps)
+    eps = float(eps)
     ranks = share(z_a, group, strategy, z_a_requires_grad=records(z_a), z_b_requires_grad=records(z_b))
     rows = len(z_a) if ranks is None else ranks.total
     if rows < 2:
@@ -294,7 +296,7 @@ def barlow_twins(
 
 def check_weights(lambda_param: object, eps: object = 1e-5) -> None:
     for name, value in (("lambda_param", lambda_param), ("eps", eps)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if not is_number(value) or not 0 <= as_float(value) < math.inf:
             raise ValueError(f"{name}: got {value!r}, allowed: a finite number >= 0")
 
 
@@ -318,8 +320,8 @@ class BarlowTwinsLoss(nn.Module):
 
     def __init__(self, lambda_param: float = 5e-3, gather_distributed: bool = False, **options: Any) -> None:
         super().__init__()
-        check_weights(lambda_param)
-        check_strategy(options.get("strategy", "gather"))
+        _losses.check_module(self, barlow_twins, {"gather_distributed": gather_distributed, **options})
+        check_weights(lambda_param, options.get("eps", 1e-5))
         self.lambda_param = lambda_param
         self.options = {"gather_distributed": gather_distributed, **options}
 

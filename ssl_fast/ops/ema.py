@@ -11,7 +11,6 @@ import copy
 import functools
 import itertools
 import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch._C import _len_torch_dispatch_stack
 from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
+from ssl_fast._checks import is_number, whole
 from ssl_fast._op import HALF_AND_FLOAT, Op
 
 _FLOATING = (*HALF_AND_FLOAT, torch.float64)
@@ -199,8 +199,7 @@ def cosine_momentum(steps: int, start: float = 0.996, end: float = 1.0) -> Calla
     Example:
         >>> ema = EMA(encoder, schedule=cosine_momentum(epochs * len(loader)))
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps: got {steps!r}, allowed: a whole number >= 1, of all the updates to come")
+    steps = whole("steps", steps, hint=", of all the updates to come")
     for name, value in (("start", start), ("end", end)):
         _momentum(name, value, ())
     return functools.partial(_cosine, steps=steps, start=start, end=end)
@@ -478,8 +477,8 @@ def _momentum(name: str, momentum: object, targets: Sequence[Tensor]) -> Tensor:
         if targets and momentum.device not in (targets[0].device, torch.device("cpu")):
             raise ValueError(f"{name}: got device {momentum.device}, allowed: that of the targets, {targets[0].device}")
         return momentum
-    if not isinstance(momentum, numbers.Real):
-        raise TypeError(f"{name}: got {type(momentum).__name__}, allowed: a float in [0, 1], such as 0.999")
+    if not is_number(momentum):
+        raise TypeError(f"{name}: got {momentum!r}, allowed: a float in [0, 1], such as 0.999")
     if not 0 <= (value := float(momentum)) <= 1:
         raise ValueError(f"{name}: got {momentum}, allowed: a float in [0, 1], such as 0.999")
     return torch.scalar_tensor(value, dtype=torch.float64)

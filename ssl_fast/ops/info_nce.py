@@ -483,13 +483,14 @@ def info_nce(
     )
     N, device = len(query), query.device
     t = _losses.check_temperature(temperature, query)
-    _losses.check_options(
-        reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, decoupled=decoupled, group_ids=group_ids
-    )
-    group_ids = _losses.check_per_row("group_ids", group_ids, N, device, integer=True)
-    _losses.check_per_row("sample_weight", sample_weight, N, device, integer=False)
     if in_batch is None:
         in_batch = negative_keys is None and paired_negative_keys is None
+    _losses.check_options(
+        reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, group_ids=group_ids, decoupled=decoupled,
+        in_batch=in_batch, normalize=normalize, return_lse=return_lse,
+    )  # fmt: skip
+    group_ids = _losses.check_per_row("group_ids", group_ids, N, device, integer=True)
+    _losses.check_per_row("sample_weight", sample_weight, N, device, integer=False)
     if group_ids is not None and not in_batch and negative_keys is None:
         raise ValueError(
             "group_ids: got ids with paired_negative_keys alone, allowed: with negative_keys or in_batch=True; drop "
@@ -560,7 +561,7 @@ def info_nce(
         if paired.dim() != 3 or paired.shape[0] != N or paired.shape[2] != query.shape[1] or paired.shape[1] == 0:
             raise ValueError(
                 f"paired_negative_keys: got shape {tuple(paired.shape)}, allowed: (N, M, D) = "
-                f"({N}, M, {query.shape[1]})"
+                f"({N}, M, {query.shape[1]}), M >= 1; leave it out where there are none"
             )
         if N:
             _, rows = _losses.check_embeddings(
@@ -634,9 +635,7 @@ class InfoNCE(nn.Module):
     ) -> None:
         super().__init__()
         _losses.check_temperature_alone(temperature)
-        _losses.check_options(reduction)
-        given = ("negative_keys", "paired_negative_keys", "reduction")
-        _losses.check_known(options, info_nce, *given)
+        _losses.check_module(self, info_nce, {"reduction": reduction, **options}, "paired_negative_keys")
         if negative_mode not in ("unpaired", "paired"):
             raise ValueError(f"negative_mode: got {negative_mode!r}, allowed: 'unpaired', 'paired'")
         self.temperature = temperature
@@ -649,10 +648,8 @@ class InfoNCE(nn.Module):
     ) -> Tensor:
         name = "negative_keys" if self.negative_mode == "unpaired" else "paired_negative_keys"
         negatives: dict[str, Any] = {} if negative_keys is None else {name: negative_keys}
-        return info_nce(
-            query, positive_key, temperature=self.temperature, reduction=self.reduction,
-            **negatives, **self.options, **per_call,
-        )  # fmt: skip
+        options = {"reduction": self.reduction, **self.options, **per_call}
+        return info_nce(query, positive_key, temperature=self.temperature, **negatives, **options)
 
     def extra_repr(self) -> str:
         t = self.temperature

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_fast._distributed import Strategy, check_strategy, processes, share
+from ssl_fast._distributed import Strategy, processes, share
 from ssl_fast._op import HALF_AND_FLOAT, Op, records
 from ssl_fast.ops import _losses
 from ssl_fast.ops._info_nce_sup_con import log_sum_exp_of_others
@@ -225,13 +225,13 @@ def nt_xent(
     group = processes(gather_distributed, group, strategy)
     z1, z2 = _losses.check_embeddings("z1", z1, "z2", z2, empty=group is not None)
     t = _losses.check_temperature(temperature, z1)
-    plain = label_smoothing == 0 and tau_plus == 0 and decoupled is False
-    options = not plain or group_ids is not None or sample_weight is not None
+    _losses.check_options(
+        reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, group_ids=group_ids, decoupled=decoupled,
+        normalize=normalize, return_lse=return_lse,
+    )  # fmt: skip
+    options = label_smoothing or tau_plus or decoupled or group_ids is not None or sample_weight is not None
     if options or group is not None:
         N, device = len(z1), z1.device
-        _losses.check_options(
-            reduction, label_smoothing=label_smoothing, tau_plus=tau_plus, decoupled=decoupled, group_ids=group_ids
-        )
         group_ids = _losses.check_per_row("group_ids", group_ids, N, device, integer=True)
         _losses.check_per_row("sample_weight", sample_weight, N, device, integer=False)
         z = torch.cat([z1, z2])
@@ -254,7 +254,6 @@ def nt_xent(
         )  # fmt: skip
         loss = _losses.reduce(loss, reduction, None if sample_weight is None else sample_weight.repeat(2), ranks)
         return (loss, torch.logaddexp(lse_neg, pos / positive(t))) if return_lse else loss
-    _losses.check_options(reduction)
     loss, lse = _NTXent.apply(z1, z2, t, normalize, REDUCTIONS[reduction])
     return (loss, lse) if return_lse else loss
 
@@ -293,6 +292,8 @@ class NTXentLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        given = {"gather_distributed": gather_distributed, "reduction": reduction, "normalize": normalize, **options}
+        _losses.check_module(self, info_nce if memory_bank_size else nt_xent, given)
         self.memory_bank = None
         if isinstance(memory_bank_size, Sequence) and len(memory_bank_size) == 2:
             size, dim = memory_bank_size
@@ -305,9 +306,6 @@ class NTXentLoss(nn.Module):
                 "(K, D)"
             )
         _losses.check_temperature_alone(temperature)
-        _losses.check_options(reduction)
-        check_strategy(options.get("strategy", "gather"))
-        _losses.check_known(options, nt_xent if self.memory_bank is None else info_nce)
         self.temperature = temperature
         self.reduction = reduction
         self.normalize = normalize
