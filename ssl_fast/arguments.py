@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ssl_fast._checks import check_flags, is_number, whole
 from ssl_fast._extras import nearest, require
 from ssl_fast.augment import Policy, policy_named
 from ssl_fast.cached import CachedStep
@@ -47,18 +48,13 @@ def check_arguments(given: dict[str, Any]) -> dict[str, Any]:
     }
     at_least |= {"num_workers": 0} if config["num_workers"] is not None else {}
     for key, low in at_least.items():
-        if not isinstance(config[key], int) or config[key] < low:
-            raise ValueError(f"{key}: got {config[key]!r}, allowed: a whole number >= {low}")
+        whole(key, config[key], low)
+    check_flags(accelerate=config["accelerate"], checkpoint_stages=config["checkpoint_stages"])
     if config["seed"] >= 2**63:
         raise ValueError(f"seed: got {config['seed']}, allowed: a whole number below 2**63")
     for key in ("lr", "weight_decay", "warmup_epochs"):
-        if config[key] is not None and not 0 <= config[key] < math.inf:
+        if config[key] is not None and not (is_number(config[key]) and 0 <= config[key] < math.inf):
             raise ValueError(f"{key}: got {config[key]!r}, allowed: a finite number >= 0")
-    if config["warmup_epochs"] is not None and config["warmup_epochs"] > config["epochs"]:
-        raise ValueError(
-            f"warmup_epochs: got {config['warmup_epochs']} with epochs={config['epochs']}, allowed: at most epochs; "
-            "the learning rate would never reach lr"
-        )
     micro_batch, memory = config["micro_batch"], config["memory"]
     if micro_batch is not None:
         CachedStep(micro_batch, memory)
@@ -79,6 +75,15 @@ def check_arguments(given: dict[str, Any]) -> dict[str, Any]:
     if config["augment"] != "auto":
         policy_named(config["augment"])
     return {key: plain(value) for key, value in config.items()}
+
+
+def check_warmup(config: dict[str, Any]) -> None:
+    """Of a run that begins: those of earlier versions go on as they were."""
+    if config["warmup_epochs"] is not None and config["warmup_epochs"] > config["epochs"]:
+        raise ValueError(
+            f"warmup_epochs: got {config['warmup_epochs']} with epochs={config['epochs']}, allowed: at most epochs; "
+            "the learning rate would never reach lr"
+        )
 
 
 def defaults(function: Callable[..., Any], method: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ssl_fast._checks import whole
 from ssl_fast._distributed import everyone, rank_and_world
 from ssl_fast.accelerate import passed_by
 from ssl_fast.memory import format_memory, free_memory, out_of_memory, parse_memory, peak_memory
@@ -158,10 +159,8 @@ class CachedStep:
 
     def __init__(self, micro_batch: int | str = "auto", memory: str | int | None = None, *, reserve: int = 0) -> None:
         self.auto = micro_batch == "auto"
-        if not self.auto:
-            check_micro_batch(micro_batch)
+        self.micro_batch: int | None = None if self.auto else check_micro_batch(micro_batch)
         self.memory = None if memory is None else parse_memory(memory)
-        self.micro_batch: int | None = None if isinstance(micro_batch, str) else micro_batch
         self.reserve = reserve
 
     def __call__(
@@ -305,12 +304,9 @@ def _checkpointed(stage: nn.Module, forward: Callable[..., Any], *args: Any, **k
     return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
 
 
-def check_micro_batch(micro_batch: Any) -> None:
-    if not isinstance(micro_batch, int) or isinstance(micro_batch, bool) or micro_batch < 1:
-        raise ValueError(
-            f"micro_batch: got {micro_batch!r}, allowed: a whole number >= 1, the rows of a view that the encoder sees "
-            "at once; CachedStep and train also take 'auto'"
-        )
+def check_micro_batch(micro_batch: Any) -> int:
+    hint = ", the rows of a view that the encoder sees at once; CachedStep and train also take 'auto'"
+    return whole("micro_batch", micro_batch, hint=hint)
 
 
 def _check(encoder: Any, views: Any, micro_batch: Any) -> tuple[list[nn.Module], int]:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, Literal
 
 from ssl_fast import info
 from ssl_fast._extras import nearest
@@ -86,7 +86,7 @@ def _parse(command: Callable[..., Any], words: list[str]) -> tuple[list[str], di
         if word in names:
             continue
         if equals and not value:
-            raise ValueError(f"{key}: got nothing after '=', allowed: a value; leave {key}= out for its default")
+            raise ValueError(f"{key}: got nothing after '=', allowed: a value{_left_out(command, key)}")
         if not equals:
             raise ValueError(f"got {word!r}, allowed: key=value, such as {_example(command, word)}")
         pairs[key.removeprefix("--")] = value
@@ -126,8 +126,12 @@ def _allowed(command: Callable[..., Any], method: str) -> dict[str, inspect.Para
     parameters = dict(inspect.signature(command, eval_str=True).parameters)
     if parameters.pop("method_args", None):
         parameters |= method_arguments(method)
-    plain = {bool, int, float, str}
-    return {k: p for k, p in parameters.items() if p.kind is not p.VAR_POSITIONAL and plain & set(_kinds(p.annotation))}
+
+    def fills(kind: Any) -> bool:
+        return kind in (bool, int, float, str) or typing.get_origin(kind) is Literal
+
+    given = {k: p for k, p in parameters.items() if p.kind is not p.VAR_POSITIONAL}
+    return {k: p for k, p in given.items() if any(map(fills, _kinds(p.annotation)))}
 
 
 def _of_the_run(given: dict[str, Any], allowed: dict[str, inspect.Parameter]) -> dict[str, Any]:
@@ -167,8 +171,15 @@ def _convert(key: str, raw: str, annotation: Any) -> Any:
     raise ValueError(f"{key}: got {raw!r}, allowed: {' or '.join(allowed)}")
 
 
+def _left_out(command: Callable[..., Any], key: str) -> str:
+    parameter = inspect.signature(command).parameters.get(key)
+    required = parameter is not None and parameter.default is parameter.empty
+    return "" if required else f"; leave {key}= out for its default"
+
+
 def _kinds(annotation: Any) -> tuple[Any, ...]:
-    return typing.get_args(annotation) or (annotation,)
+    """The types of a union; a Literal is one."""
+    return (annotation,) if typing.get_origin(annotation) is Literal else typing.get_args(annotation) or (annotation,)
 
 
 def _example(command: Callable[..., Any], word: str) -> str:

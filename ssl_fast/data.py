@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_fast._checks import whole
 from ssl_fast._extras import nearest, require
 from ssl_fast.augment import seed_of
 from ssl_fast.folder import ImageFiles, WholeImages, decode_jpegs, decodes_jpegs, find_images
@@ -72,8 +73,8 @@ def load_data(data: str | Path, data_dir: str | Path | None = None, image_size: 
     Example:
         >>> load_data("digits").train.images.shape  # (1437, 1, 8, 8), uint8
     """
-    if image_size is not None and image_size < 4:
-        raise ValueError(f"image_size: got {image_size}, allowed: at least 4 pixels")
+    if image_size is not None:
+        image_size = whole("image_size", image_size, 4, ", in pixels")
     name, folder = str(data), Path(data).expanduser()
     if name == "digits":
         loaded = _digits()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ssl_fast._checks import check_flags
 from ssl_fast._extras import require
 from ssl_fast.progress import Console
 
@@ -41,7 +42,10 @@ class Run:
         defaults: dict[str, Any],
         writes: bool = True,
     ) -> None:
-        if resume not in (True, False, "auto"):
+        if not isinstance(out, (str, Path)) or not str(out):
+            raise ValueError(f"out: got {out!r}, allowed: the path of a folder for the run, such as out/simclr")
+        check_flags(overwrite=overwrite)
+        if not isinstance(resume, bool) and resume != "auto":
             raise ValueError(f"resume: got {resume!r}, allowed: True, False, 'auto'")
         self.writes = writes
         self.out, self.config, self.overwrite = Path(out).expanduser(), config, overwrite
@@ -210,19 +214,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"checkpoint: {path} does not exist; a run writes out/checkpoints/last.pt")
+    cause: Exception | None = None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"args", "step", "model"} <= set(saved):
-            raise KeyError(f"it holds {', '.join(map(str, list(saved)[:4]))}, not args, step and model")
+        if isinstance(saved, dict) and {"args", "step", "model"} <= set(saved):
+            return saved
+        holds = ", ".join(map(str, list(saved)[:4])) or "nothing" if isinstance(saved, dict) else type(saved).__name__
+        reason = f"it holds {holds}, not args, step and model"
+    except pickle.UnpicklingError as error:  # PyTorch would have it loaded all the same, and run what code it holds
+        cause, reason = error, "it is not of tensors and plain values"
     except Exception as error:
-        # What PyTorch says to that is to load it all the same, and run what code it holds.
-        reason = "it is not of tensors and plain values" if isinstance(error, pickle.UnpicklingError) else error
-        raise ValueError(
-            f"checkpoint: {path} is not a checkpoint of ssl_fast.train ({reason}), "
-            "allowed: checkpoints/last.pt of a run; where that is damaged, give an earlier one (keep_every), or train "
-            "again with overwrite=true"
-        ) from error
-    return saved
+        cause, reason = error, f"it cannot be read: {type(error).__name__} {_first_sentence(error)}".rstrip()
+    raise ValueError(
+        f"checkpoint: {path} is not a checkpoint of ssl_fast.train ({reason}), allowed: checkpoints/last.pt of a run; "
+        "where that is damaged, give an earlier one (keep_every), or train again with overwrite=true"
+    ) from cause
+
+
+def _first_sentence(error: Exception) -> str:
+    """What follows it is a page of PyTorch's inner workings."""
+    return str(error).partition("\n")[0].partition(". ")[0]
 
 
 def pick_device(name: str) -> torch.device:
@@ -231,9 +242,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]  # what follows is a page of PyTorch's inner workings
+        torch.zeros((), device=device).item()  # which "meta" has not
+    except Exception as error:  # of many types: a module that is missing, an assertion, a RuntimeError
+        reason = _first_sentence(error)
         raise ValueError(f"device: got {name!r}, allowed: auto, cpu, cuda, cuda:N ({reason})") from error
     return device
 

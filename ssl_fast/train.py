@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ssl_fast._checks import with_plain_numbers
 from ssl_fast._distributed import Team, everyone, gather
 from ssl_fast.accelerate import accelerate as accelerated
-from ssl_fast.arguments import check_arguments, defaults
+from ssl_fast.arguments import check_arguments, check_warmup, defaults
 from ssl_fast.augment import Policy, TwoViews, policy_named, seed_of
 from ssl_fast.backbones import SMALL_IMAGE, build_encoder
 from ssl_fast.cached import CachedStep
@@ -37,6 +38,7 @@ from ssl_fast.sync_batch_norm import convert_sync_batchnorm
 log = logging.getLogger("ssl_fast")
 
 
+@with_plain_numbers
 def train(
     out: str | Path,
     data: str | Path = "digits",
@@ -151,6 +153,8 @@ def train(
     config = check_arguments(locals())
     team, recipe = Team(pick_device, device), METHODS[method]
     run = Run(out, config, resume, overwrite, defaults(train, method), team.leads)
+    if not run.resume:
+        check_warmup(config)
     chosen, local_batch = team.device, team.share(batch_size)
     with team.first():  # which downloads
         images = load_data(data, data_dir, image_size)

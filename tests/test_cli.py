@@ -45,7 +45,9 @@ def test_overview_and_help(capsys):
         ("train out=x bath_size=4", "unknown key 'bath_size', did you mean 'batch_size'? allowed: out, data, method"),
         ("train out=x hed=linear", "did you mean 'head'?"),
         ("train out=x loss=dense", "unknown key 'loss'"),
-        ("train out= data=digits", "out: got nothing after '=', allowed: a value"),
+        ("train out= data=digits", "out: got nothing after '=', allowed: a value\n"),
+        ("train out=x lr=", "lr: got nothing after '=', allowed: a value; leave lr= out for its default\n"),
+        ("train out=x strategy=tree", "strategy: got 'tree', allowed: gather or ring"),
         ("train out=x epochs=ten", "epochs: got 'ten', allowed: a whole number"),
         ("train out=x epochs=1.5", "epochs: got '1.5', allowed: a whole number"),
         ("train out=x lr=fast", "lr: got 'fast', allowed: a number or none"),
@@ -69,6 +71,10 @@ def test_errors_of_a_command_are_one_line(capsys, tmp_path):
     assert main(["train", f"out={tmp_path / 'x'}", "data=/no/such/folder"]) == 1
     error = capsys.readouterr().err
     assert "neither a data set nor a folder" in error and error.count("\n") == 1
+    for device in ("meta", "hpu"):  # that hold no value, or are a module which is not there
+        assert main(["train", f"out={tmp_path / 'x'}", *QUICK, f"device={device}"]) == 1
+        error = capsys.readouterr().err
+        assert f"train: device: got '{device}', allowed: auto, cpu, cuda" in error and error.count("\n") == 1
     assert main(["evaluate", "checkpoint=/no/such.pt"]) == 1
     assert "/no/such.pt does not exist" in capsys.readouterr().err
 
@@ -87,6 +93,15 @@ def test_train_then_evaluate(capsys, tmp_path):
     assert main(["train", f"out={tmp_path}", "resume=true"]) == 0  # the other arguments are the run's own
     assert main(["train", f"out={tmp_path}", "resume=true", "lr=2e-3"]) == 1
     assert "lr: was 0.001, now 0.002" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_a_warm_up_longer_than_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("ssl_fast.train.check_warmup", lambda config: None)
+    assert main(["train", f"out={tmp_path}", *QUICK, "warmup_epochs=2", "strategy=ring"]) == 0
+    monkeypatch.undo()
+    assert main(["train", f"out={tmp_path}", "resume=true"]) == 0
+    assert main(["train", f"out={tmp_path}", "overwrite=true", *QUICK, "warmup_epochs=2"]) == 1
+    assert "warmup_epochs: got 2.0 with epochs=1, allowed: at most epochs" in capsys.readouterr().err
 
 
 def test_info(capsys):

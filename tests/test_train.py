@@ -284,9 +284,33 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_what_is_not_a_checkpoint(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"no checkpoint")
     torch.save({"weight": torch.ones(1)}, tmp_path / "b.pt")
-    for name in ("a.pt", "b.pt"):
-        with pytest.raises(ValueError, match=f"{name} is not a checkpoint.*where that is damaged, give an earlier one"):
+    (tmp_path / "c.pt").touch()
+    torch.save({}, tmp_path / "d.pt")
+    torch.save(torch.ones(1), tmp_path / "e.pt")
+    for name, reason in (
+        ("a.pt", "it is not of tensors and plain values"),
+        ("b.pt", "it holds weight, not args, step and model"),
+        ("c.pt", "it cannot be read: EOFError"),
+        ("d.pt", "it holds nothing, not args"),
+        ("e.pt", "it holds Tensor, not args"),
+    ):
+        said = f"{name} is not a checkpoint of .* [(]{reason}.*where that is damaged, give an earlier one"
+        with pytest.raises(ValueError, match=said):
             read_checkpoint(tmp_path / name)
+
+
+def test_numbers_of_numpy_leave_a_checkpoint_that_loads(tmp_path):
+    settings = {**QUICK, "epochs": np.int64(1), "batch_size": np.int64(360), "lr": np.float64(0.03), "knn_every": 0}
+    settings |= {"weight_decay": np.float32(0), "warmup_epochs": np.float32(0.5), "probe_every": 0}
+    result = train(tmp_path, model="convnet", temperature=np.float32(0.5), micro_batch=np.int64(180), **settings)
+    assert read_checkpoint(result["checkpoint"])["args"]["lr"] == 0.03
+    train(tmp_path, model="convnet", temperature=0.5, resume=True, micro_batch=180, **settings)
+
+
+def test_a_folder_without_a_name():
+    for out in ("", None, 5):
+        with pytest.raises(ValueError, match=f"out: got {out!r}, allowed: the path of a folder"):
+            train(out, model="convnet", **QUICK)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +331,16 @@ def test_what_is_not_a_checkpoint(tmp_path):
         ({"temperature": -1.0}, "temperature: got -1.0"),
         ({"temperature": float("inf")}, "temperature: got inf, allowed: a float above 0 and finite"),
         ({"warmup_epochs": 3, "epochs": 2}, "warmup_epochs: got 3 with epochs=2, allowed: at most epochs"),
+        ({"epochs": True}, "epochs: got True, allowed: a whole number >= 1"),
+        ({"lr": "fast"}, "lr: got 'fast', allowed: a finite number >= 0"),
+        ({"lr": True}, "lr: got True, allowed: a finite number >= 0"),
+        ({"image_size": "8"}, "image_size: got '8', allowed: a whole number >= 4"),
+        ({"accelerate": "no"}, "accelerate: got 'no', allowed: True, False"),
+        ({"checkpoint_stages": "no"}, "checkpoint_stages: got 'no', allowed: True, False"),
+        ({"overwrite": "no"}, "overwrite: got 'no', allowed: True, False"),
+        ({"resume": 1}, "resume: got 1, allowed: True, False, 'auto'"),
+        ({"device": "meta"}, "device: got 'meta', allowed: auto, cpu"),
+        ({"strategy": "tree"}, "strategy: got 'tree', allowed: 'gather', 'ring'"),
         ({"temprature": 1.0}, "unknown argument 'temprature', did you mean 'temperature'"),
     ],
 )
