@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from common import assert_close, error
 from processes import finish, start
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -291,6 +292,12 @@ def worker(rank: int, world: int, folder: Path) -> None:
         results["dtypes"] = {key: of_dtype(*key, rank) for key in DTYPE_CASES}
         results["others"] = others(rank, world)
     if world == 2:
+        rows = slice(SIZES[2][0] * rank, SIZES[2][0] + SIZES[2][1] * rank)
+        results["cone"] = {
+            (name, way): gradients(ours, cone(learned, torch.bfloat16, rows), gather_distributed=True, strategy=way)
+            for name, (ours, _, learned) in IN_A_CONE.items()
+            for way in STRATEGIES
+        }
         results["curves"] = {name: curve(build, (8, 8), rank) for name, build in CURVES.items()}
         results["silent"] = silent(rank, world, timed, mortal)
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(results))
@@ -318,6 +325,41 @@ def of_dtype(name: str, dtype: torch.dtype, strategy: str, rank: int) -> list[Te
     loss = LOSSES[name][0](a, b, t, batch, gather_distributed=True, strategy=strategy)
     loss.backward()
     return [loss.detach(), a.grad, torch.zeros_like(a) if b.grad is None else b.grad, t.grad]
+
+
+# Ours, as anyone writes it, and whether b learns.
+IN_A_CONE: dict[str, tuple[Loss, Loss, bool]] = {
+    "CLIP": (
+        lambda a, b, **over: clip(a, b, 10.0, **over),
+        lambda a, b: (of_rows(a, b) + of_rows(b, a)) / 2,
+        True,
+    ),
+    "InfoNCE": (
+        lambda a, b, **over: info_nce(a, b, None, 0.1, normalize=False, **over),
+        lambda a, b: of_rows(a, b),
+        True,
+    ),
+    "InfoNCE of given keys": (
+        lambda a, b, **over: info_nce(a, b, None, 0.1, normalize=False, **over),
+        lambda a, b: of_rows(a, b),
+        False,
+    ),
+}
+
+
+def of_rows(a: Tensor, b: Tensor) -> Tensor:
+    return F.cross_entropy(a @ b.T / 0.1, torch.arange(len(a)))
+
+
+def cone(learned: bool, dtype: torch.dtype, rows: slice = slice(None)) -> list[Tensor]:
+    """Unit rows that are nearly one, as every network has them at first, rounded to bf16."""
+    axis, *x = torch.randn(1 + 2 * sum(SIZES[2]), 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b = (unit(axis + 0.05 * part)[rows].bfloat16().to(dtype) for part in torch.stack(x).chunk(2))
+    return [a.requires_grad_(), b.requires_grad_(learned)]
+
+
+def gradients(loss: Loss, x: list[Tensor], **over: Any) -> list[Tensor]:
+    return list(torch.autograd.grad(loss(*x, **over), [z for z in x if z.requires_grad]))
 
 
 def message(call: Callable[[], Any]) -> str:
@@ -462,6 +504,20 @@ def test_native_backends_by_dtype(processes, name, dtype, strategy):
     check("z1", torch.cat(da) / world, a.grad, tolerance)
     check("z2", torch.cat(db) / world, b.grad, tolerance)
     check("temperature", torch.stack(dt).mean(), t.grad, tolerance)
+
+
+@of(2)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", IN_A_CONE)
+def test_a_cone_keeps_its_gradient_in_bf16(processes, name, strategy):
+    """What the positive adds nearly cancels what the negatives add, on whichever process they are: rounded before they
+    meet, as in plain PyTorch, little of their difference is left."""
+    _, dense, learned = IN_A_CONE[name]
+    truth, plain = (gradients(dense, cone(learned, dtype)) for dtype in (torch.float64, torch.bfloat16))
+    for k, parts in enumerate(zip(*(found["cone"][name, strategy] for found in processes), strict=True)):
+        value = torch.cat(parts) / len(processes)
+        assert_close(f"gradient {k} of {name}", value, truth[k], None, torch.bfloat16)
+        assert error(value, truth[k]) < error(plain[k], truth[k]) / 4
 
 
 @of(2, 4)
