@@ -75,6 +75,9 @@ def processes(gather_distributed: bool, group: Any, strategy: str) -> Any:
     """The process group that shares a loss's batch; None where this process is alone with it."""
     check_strategy(strategy)
     check_flags(gather_distributed=gather_distributed)
+    strange = group is not None and dist.is_available() and not isinstance(group, dist.ProcessGroup)
+    if strange and group != dist.GroupMember.NON_GROUP_MEMBER:
+        raise TypeError(f"group: got {group!r}, allowed: what torch.distributed.new_group returns, or None for all")
     if not (gather_distributed or group is not None) or not (dist.is_available() and dist.is_initialized()):
         return None
     if dist.get_rank(group) < 0:

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
+from ssl_fast._checks import check_flags
 from ssl_fast.ops.batch_norm import NEGATIVE_SLOPE, BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedNorm, _Fused
 from ssl_fast.ops.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from ssl_fast.ops.layer_norm import LayerNorm, LayerNorm2d
@@ -685,6 +686,7 @@ def accelerate(model: nn.Module, *, fuse: bool = True, trace: bool = True) -> Re
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, allowed: a torch.nn.Module")
+    check_flags(fuse=fuse, trace=trace)
     changed: list[nn.Module] = []
     try:
         return _accelerate(model, fuse, trace, changed)

@@ -50,8 +50,8 @@ def check_arguments(given: dict[str, Any]) -> dict[str, Any]:
     for key, low in at_least.items():
         whole(key, config[key], low)
     check_flags(accelerate=config["accelerate"], checkpoint_stages=config["checkpoint_stages"])
-    if config["seed"] >= 2**63:
-        raise ValueError(f"seed: got {config['seed']}, allowed: a whole number below 2**63")
+    if config["seed"] >= 2**32:
+        raise ValueError(f"seed: got {config['seed']}, allowed: a whole number below 2**32")
     for key in ("lr", "weight_decay", "warmup_epochs"):
         if config[key] is not None and not (is_number(config[key]) and 0 <= config[key] < math.inf):
             raise ValueError(f"{key}: got {config[key]!r}, allowed: a finite number >= 0")

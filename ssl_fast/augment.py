@@ -5,6 +5,7 @@ appendix A; He et al. 2020; Zbontar et al. 2021). The arithmetic is that of ssl_
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,6 +73,7 @@ class Policy:
             if (
                 not isinstance(pair, (tuple, list))
                 or len(pair) != 2
+                or not all(isinstance(number, numbers.Real) for number in pair)
                 or not 0 < pair[0] <= pair[1] <= most
                 or math.isinf(pair[1])
             ):
@@ -79,11 +81,13 @@ class Policy:
                     f"{name}: got {pair}, allowed: two numbers above 0, the smaller first"
                     f"{f', up to {most}' if most < math.inf else ''}"
                 )
+        if self.second is not None and not isinstance(self.second, Policy):
+            raise TypeError(f"second: got {self.second!r}, allowed: a Policy, or None for the same in both views")
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or math.isinf(value):
-        raise ValueError(f"{name}: got {value}, allowed: {low} to {high:g}")
+    if not isinstance(value, numbers.Real) or not low <= value <= high or value == math.inf:
+        raise ValueError(f"{name}: got {value!r}, allowed: {low} to {high:g}")
 
 
 _BARLOW = Policy(strength=0.5, saturation=0.4)  # section 2.2 and the authors' code: BYOL's, different for each view
@@ -273,7 +277,7 @@ class TwoViews(nn.Module):
         else:
             self.policies = [policy_named(each) for each in policy]
         self.sizes = list(size) if isinstance(size, Sequence) else [size] * count
-        if not all(isinstance(each, int) and each > 0 for each in self.sizes):
+        if not all(isinstance(each, int) and each > 0 and each is not True for each in self.sizes):
             raise ValueError(f"size: got {size!r}, allowed: whole numbers from 1 up, pixels of a view's side")
         self.seed, self.mean, self.std, self.dtype = seed, mean, std, dtype
 
@@ -323,7 +327,9 @@ def _as_tensor(image: Any) -> Tensor:
 
 def seed_of(key: tuple[int, ...]) -> int:
     """A 64-bit seed from a tuple of integers from 0 to 2**32 - 1, well mixed: neighbours share nothing."""
-    if not all(0 <= number < 2**32 for number in key):  # a longer one would take the place of its neighbour
+    if not all(
+        isinstance(number, numbers.Integral) and 0 <= number < 2**32 for number in key
+    ):  # a longer one would take the place of its neighbour
         raise ValueError(f"seed: got {key} with what it is combined with, allowed: whole numbers from 0 to 2**32 - 1")
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 

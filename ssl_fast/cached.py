@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from ssl_fast._checks import whole
+from ssl_fast._checks import check_callable, whole
 from ssl_fast._distributed import everyone, rank_and_world
 from ssl_fast.accelerate import passed_by
 from ssl_fast.memory import format_memory, free_memory, out_of_memory, parse_memory, peak_memory
@@ -81,6 +81,9 @@ def cached_step(
         >>> optimizer.step()
     """
     encoders, rows = _check(encoder, views, micro_batch)
+    check_callable("loss", loss, "a function of the embeddings of each view, such as NTXentLoss(0.1)")
+    if scale is not None:
+        check_callable("scale", scale, "None, or a function, such as the method `scale` of a torch.amp.GradScaler")
     if micro_batch >= rows:
         value = loss(*(_embed(own, view) for own, view in zip(encoders, views, strict=True)))
         _backward_of_loss(value, scale)
@@ -275,6 +278,8 @@ def checkpoint_stages(model: nn.Module) -> list[str]:
     Example:
         >>> checkpoint_stages(torchvision.models.resnet50())  # 16 names, layer1.0 to layer4.2
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {model!r}, allowed: an nn.Module")
     containers = [n for n, m in model.named_modules() if isinstance(m, (nn.Sequential, nn.ModuleList))]
     outermost = [n for n in containers if not any(n != o and (n.startswith(f"{o}.") or not o) for o in containers)]
     stages = {f"{n}.{c}".lstrip("."): m for n in outermost for c, m in model.get_submodule(n).named_children()}

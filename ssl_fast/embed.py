@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ssl_fast._checks import check_flags, whole
 from ssl_fast._extras import require
 from ssl_fast.augment import plain_view
 from ssl_fast.data import ImageData, Loader, Split
@@ -79,8 +80,8 @@ def embed(
         raise FileNotFoundError(f"data: got {str(data)!r}, allowed: a folder of images; give its path")
     if parts := [n for n in ("test", "val", "valid") if (root / n).is_dir() and (root / "train").is_dir()]:
         raise ValueError(f"data: {root} holds train and {parts[0]}, allowed: one of them; give {root / 'train'}")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size!r}, allowed: a whole number >= 1")
+    batch_size, num_workers = whole("batch_size", batch_size), whole("num_workers", num_workers, 0)
+    check_flags(overwrite=overwrite)
     if target.suffix == ".safetensors":
         require("safetensors.torch", f"out={target.name}")
     saved, chosen = read_checkpoint(saved_at(checkpoint)), pick_device(device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_fast._checks import is_number, whole, with_plain_numbers
 from ssl_fast._extras import nearest
 from ssl_fast.data import ImageData, Split, load_data
 from ssl_fast.features import encode, folded, load_encoder, saved_at
@@ -28,6 +29,7 @@ PROTOCOLS = ("knn", "linear", "finetune", "transfer")
 INITIAL = ("checkpoint", "random")
 
 
+@with_plain_numbers
 def evaluate(
     checkpoint: str | Path,
     data: str | Path | None = None,
@@ -161,9 +163,9 @@ def _check(protocols: list[str], initial: str, probe: str, freeze: str) -> None:
 
 def _check_numbers(lr: float | None, **at_least: tuple[int | None, int]) -> None:
     for name, (number, low) in at_least.items():
-        if number is not None and (not isinstance(number, int) or number < low):
-            raise ValueError(f"{name}: got {number!r}, allowed: a whole number >= {low}")
-    if lr is not None and not 0 < lr < math.inf:
+        if number is not None:
+            whole(name, number, low)
+    if lr is not None and not (is_number(lr) and 0 < lr < math.inf):
         raise ValueError(f"lr: got {lr!r}, allowed: a finite number above 0")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssl_fast._checks import check_flags
 from ssl_fast._extras import nearest, require
 from ssl_fast.augment import MEAN_STD
 from ssl_fast.data import ImageData, Split
@@ -53,6 +54,7 @@ def export(
     Example:
         >>> export("out/simclr", "onnx", "encoder.onnx")
     """
+    check_flags(overwrite=overwrite)
     target = Path(out).expanduser()
     if format not in SUFFIXES:
         near = nearest(str(format), list(SUFFIXES))

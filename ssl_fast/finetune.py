@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_fast._checks import is_number
 from ssl_fast._extras import nearest
 from ssl_fast._folded import _Folded
 from ssl_fast.augment import POLICIES, Policy, TwoViews, seed_of
@@ -43,7 +44,7 @@ def balanced_subset(labels: Tensor, fraction: float, seed: int = 0, names: Seque
     Example:
         >>> balanced_subset(torch.arange(1000) % 10, 0.01)  # ten images, one of each class
     """
-    if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+    if not is_number(fraction) or not 0 < fraction <= 1:
         raise ValueError(f"label_fraction: got {fraction!r}, allowed: above 0 and at most 1, such as 0.01, 0.1 or 1.0")
     if fraction == 1:
         return torch.arange(len(labels))

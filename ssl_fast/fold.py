@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssl_fast._checks import check_flags
 from ssl_fast._fold_graph import _Calls, _calls, _ChangedError, _computed, _first_line, _Region, _regions, _shell
 from ssl_fast._fold_rules import (
     FoldedLinear,
@@ -94,6 +95,7 @@ def fold_conv_bn(
         >>> print(folded.fold_report.summary)
         fold_conv_bn: 53 norms folded, 0 left
     """
+    check_flags(inplace=inplace, allow_training=allow_training)
     _check(model, allow_training)
     names = {module: name for name, module in model.named_modules()}
     norms = [module for module in names if _known_norm(module)]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ssl_fast._checks import is_number
 
 KNN_T = 0.07
 GROUP = 16  # similarities of which one maximum is compared: reading a tile once is most of what its selection costs
@@ -43,8 +48,8 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int = 20, block: int = 
     if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
         got = f"{tuple(bank.shape)} and {tuple(queries.shape)}"
         raise ValueError(f"bank, queries: got shapes {got}, allowed: (B, F) and (Q, F) of one encoder")
-    if not 1 <= k <= len(bank):
-        raise ValueError(f"k: got {k}, allowed: 1 to {len(bank)}, the images in the bank")
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or not 1 <= k <= len(bank):
+        raise ValueError(f"k: got {k!r}, allowed: 1 to {len(bank)}, the images in the bank")
     dtype = torch.float64 if torch.float64 in (bank.dtype, queries.dtype) else torch.float32
     if not len(queries):
         return queries.new_empty(0, k, dtype=dtype), queries.new_empty(0, k, dtype=torch.long)
@@ -111,6 +116,11 @@ def knn_accuracy(
     Example:
         >>> knn_accuracy(h_train, y_train, h_test, y_test, k=200)
     """
+    if not is_number(temperature) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: got {temperature!r}, allowed: a number above 0, such as {KNN_T}")
+    for name, labels, features in (("bank_labels", bank_labels, bank), ("query_labels", query_labels, queries)):
+        if labels.shape != (len(features),):
+            raise ValueError(f"{name}: got shape {tuple(labels.shape)}, allowed: ({len(features)},), one of each row")
     best, index = nearest_neighbours(bank, queries, k, block)
     # exp((s - max) / t) in place of exp(s / t): the same vote without overflow at a small t.
     votes = torch.exp((best - best[:, :1]) / temperature)

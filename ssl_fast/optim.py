@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssl_fast._checks import is_number
+
 # Learning rate of a batch of 256 images, scaled linearly with the batch; momentum or betas; weight decay.
 # lars: SimCLR, appendix B. sgd: MoCo, section 4. adamw: the usual linear rule of masked and self-distilled ViTs.
 DEFAULTS: dict[str, dict[str, float]] = {
@@ -55,10 +57,10 @@ class LARS(torch.optim.Optimizer):
         eta: float = 1e-3,
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eta", eta)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}: got {value}, allowed: a finite number >= 0")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum: got {momentum}, allowed: a number in [0, 1)")
+            if not (is_number(value) or isinstance(value, Tensor)) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}: got {value!r}, allowed: a finite number >= 0")
+        if not is_number(momentum) or not 0 <= momentum < 1:
+            raise ValueError(f"momentum: got {momentum!r}, allowed: a number in [0, 1)")
         super().__init__(
             params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
         )

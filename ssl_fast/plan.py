@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_fast import _checks
 from ssl_fast.accelerate import accelerate
 from ssl_fast.backbones import build_encoder
 from ssl_fast.cached import MARGIN, checkpoint_stages, fewest_rows
@@ -143,9 +144,8 @@ def plan(
     Example:
         >>> print(plan("resnet50", image=224, batch=8192, memory="24GiB"))
     """
-    for key, number, low in (("image", image, 4), ("batch", batch, 2)):
-        if not isinstance(number, int) or number < low:
-            raise ValueError(f"{key}: got {number!r}, allowed: a whole number >= {low}")
+    image, batch = _checks.whole("image", image, 4), _checks.whole("batch", batch, 2)
+    channels = _checks.whole("channels", channels)
     if optimizer not in STATES:
         raise ValueError(f"optimizer: got {optimizer!r}, allowed: {', '.join(STATES)}")
     budget = free_memory(pick_device(device)) if memory is None else parse_memory(memory)

@@ -69,9 +69,9 @@ class KeyQueue(nn.Module):
     def enqueue(self, keys: Tensor) -> None:
         """Write keys (N, dim) over the oldest; of more than `size` the last ones stay."""
         size, dim = self.keys.shape
-        if not isinstance(keys, Tensor) or keys.dim() != 2 or keys.shape[1] != dim:
-            got = f"shape {tuple(keys.shape)}" if isinstance(keys, Tensor) else type(keys).__name__
-            raise ValueError(f"keys: got {got}, allowed: a tensor (N, {dim})")
+        if not isinstance(keys, Tensor) or keys.dim() != 2 or keys.shape[1] != dim or not keys.is_floating_point():
+            got = f"shape {tuple(keys.shape)} of {keys.dtype}" if isinstance(keys, Tensor) else type(keys).__name__
+            raise ValueError(f"keys: got {got}, allowed: a tensor (N, {dim}) of a floating-point dtype")
         ranks = share(keys, processes(self.gather_distributed, self.group, "gather"), "gather")
         keys = keys if ranks is None else ranks.gather(keys)
         last = keys[-size:]

@@ -480,6 +480,9 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -
     assert snapshot(model) == before
     with pytest.raises(TypeError, match="model: got Tensor, allowed: a torch.nn.Module"):
         accelerate(torch.ones(3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="fuse: got 'no', allowed: True, False"):
+        accelerate(model, fuse="no")  # type: ignore[arg-type]
+    assert snapshot(model) == before
 
 
 def test_mode_hooks_optimizer_and_state_dict_stay() -> None:

@@ -295,6 +295,8 @@ def test_views_with_a_gradient():
         ({"encoder": nn.Sequential(nn.Flatten(0), nn.Linear(648, 2))}, TypeError, r"shape \(2,\) for 6 rows"),
         ({"loss": lambda a, b: (a * b).sum(1)}, TypeError, r"loss: returned shape \(11,\), allowed: a scalar"),
         ({"loss": lambda a, b: 1.0}, TypeError, "loss: returned float"),
+        ({"loss": torch.ones(())}, TypeError, r"loss: got tensor\(1.\), allowed: a function of the embeddings"),
+        ({"scale": torch.amp.GradScaler("cpu")}, TypeError, "scale: got .*GradScaler.*, allowed: None, or a function"),
         ({"loss": lambda a, b: a.detach().sum()}, ValueError, "loss: returned a tensor without gradient"),
         ({"encoder": nn.Flatten()}, ValueError, "loss: returned a tensor without gradient"),
         ({"views": [2 * v.requires_grad_() for v in views()]}, ValueError, "views: got one made by MulBackward0"),
@@ -538,6 +540,8 @@ def test_checkpointed_stages_give_the_same_and_move_statistics_once():
     assert checkpoint_stages(ours) == ["0", "1"] and ours[0].forward is once  # not computed three times
     with pytest.raises(ValueError, match="model: got Linear, allowed: one with an nn.Sequential"):
         checkpoint_stages(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="model: got 'resnet18', allowed: an nn.Module"):
+        checkpoint_stages("resnet18")
 
 
 class Called(nn.Conv2d):

@@ -192,7 +192,7 @@ def test_data_that_is_not_there(name, error, message):
 def test_empty_folder_and_tiny_views(tmp_path):
     with pytest.raises(ValueError, match="no images in .*jpg"):
         load_data(tmp_path)
-    with pytest.raises(ValueError, match="image_size: got 1, allowed: at least 4"):
+    with pytest.raises(ValueError, match="image_size: got 1, allowed: a whole number >= 4"):
         load_data("digits", image_size=1)
 
 

@@ -319,8 +319,10 @@ BAD = {
     ),
     r"targets\[1\]: got torch.int64": (lambda t, s: ([t[0], t[1].long()], s, 0.9), TypeError),
     r"sources\[0\]: got device meta": (lambda t, s: (t, [s[0].to("meta"), s[1]], 0.9), ValueError),
-    "sources: got Linear": (lambda t, s: (t, nn.Linear(2, 2), 0.9), TypeError),
-    "targets: got Tensor": (lambda t, s: (t[0], s[0], 0.9), TypeError),
+    "targets, sources: got list and NoneType": (lambda t, s: (t, None, 0.9), TypeError),
+    "momentum: got True": (lambda t, s: (t, s, True), TypeError),
+    "targets, sources: got list and Linear, allowed: two modules": (lambda t, s: (t, nn.Linear(2, 2), 0.9), TypeError),
+    "targets, sources: got Tensor and Tensor": (lambda t, s: (t[0], s[0], 0.9), TypeError),
 }
 
 

@@ -165,6 +165,8 @@ def test_what_cannot_be_embedded(run, images, tmp_path, capsys):
             embed(run, data, tmp_path / out)
     with pytest.raises(ValueError, match="batch_size: got 0"):
         embed(run, images, tmp_path / "h.npy", batch_size=0)
+    with pytest.raises(TypeError, match="overwrite: got 'no', allowed: True, False"):
+        embed(run, images, tmp_path / "h.npy", overwrite="no")
     assert not list(tmp_path.glob("*h.*"))
     assert main(["embed", f"checkpoint={run}", f"data={images}", f"out={tmp_path / 'h.npy'}"]) == 0
     assert "unreadable   1" in capsys.readouterr().out and (tmp_path / "h.npy").exists()

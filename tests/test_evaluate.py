@@ -268,6 +268,8 @@ def test_what_cannot_be_evaluated(out, tmp_path):
         ({"batch_size": 0}, "batch_size: got 0, allowed: a whole number >= 1"),
         ({"num_workers": -1}, "num_workers: got -1, allowed: a whole number >= 0"),
         ({"probe": "sklearn", "protocol": "knn"}, "probe: got 'sklearn', allowed: auto, sgd, logistic"),
+        ({"seeds": True}, "seeds: got True, allowed: a whole number >= 1"),
+        ({"lr": "fast"}, "lr: got 'fast', allowed: a finite number above 0"),
         ({"lr": -1.0}, "lr: got -1.0, allowed: a finite number above 0"),
         ({"label_fraction": 0.003}, "label_fraction: got 0.003, which is 0 images of each of the 10 classes"),
         ({"label_fraction": 0.99}, "label_fraction: got 0.99, which is 142 images .* class 8 has"),

@@ -676,8 +676,10 @@ def test_a_queue_wraps_at_any_batch_size_and_is_in_the_state_dict():
     assert torch.equal(other.keys[:3], F.normalize(rows[3:6])) and "normalize=False" in repr(queue)
     other.half().enqueue(torch.tensor([[1e5, 0.0], [0.0, 0.0]], device=DEVICE))  # normalised before it is rounded
     assert torch.equal(other.float().keys[3:], torch.tensor([[1.0, 0.0], [0.0, 0.0]], device=DEVICE))
-    with pytest.raises(ValueError, match=r"keys: got shape \(3, 4\), allowed: a tensor \(N, 2\)"):
+    with pytest.raises(ValueError, match=r"keys: got shape \(3, 4\) of torch.float32, allowed: a tensor \(N, 2\)"):
         queue.enqueue(torch.ones(3, 4, device=DEVICE))
+    with pytest.raises(ValueError, match=r"keys: got shape \(3, 2\) of torch.int64, allowed: .* floating-point dtype"):
+        queue.enqueue(torch.ones(3, 2, device=DEVICE).long())
     with pytest.raises(ValueError, match="size: got 0"):
         KeyQueue(0, 2)
 
@@ -877,6 +879,8 @@ Q, IDS = torch.ones(4, 3), torch.arange(4)
         (lambda: clip(Q, Q, torch.ones(()).to("meta")), "logit_scale: got device meta, which holds no value, .*, cpu"),
         (lambda: nt_xent(Q, Q, torch.ones(()).to("meta")), "temperature: got device meta, which holds no value"),
         (lambda: nt_xent(Q, Q, torch.tensor(1j)), "temperature: got torch.complex64 of shape"),
+        (lambda: nt_xent(Q, Q, 1e300), "temperature: got 1e[+]300, allowed: a float above 0 and finite, in fp32 too"),
+        (lambda: nt_xent(Q, Q, group="world"), "group: got 'world', allowed: what torch.distributed.new_group returns"),
         (lambda: nt_xent(Q, Q, 10**400), "temperature: got 10+, allowed: a float above 0 and finite"),
         (lambda: nt_xent(Q, Q, normalize="no"), "normalize: got 'no', allowed: True, False"),
         (lambda: info_nce(Q, Q, normalize=1), "normalize: got 1, allowed: True, False"),

@@ -110,6 +110,13 @@ def test_knn_with_a_tiny_temperature_and_what_does_not_fit():
     assert knn_accuracy(*bank, *bank, k=5, temperature=1e-3) == 1
     with pytest.raises(ValueError, match="k: got 31, allowed: 1 to 30"):
         knn_accuracy(*bank, *bank, k=31)
+    with pytest.raises(ValueError, match="k: got '5', allowed: 1 to 30"):
+        knn_accuracy(*bank, *bank, k="5")
+    for t in (0, float("nan"), "0.1"):
+        with pytest.raises(ValueError, match=f"temperature: got {t!r}, allowed: a number above 0"):
+            knn_accuracy(*bank, *bank, temperature=t)
+    with pytest.raises(ValueError, match=r"query_labels: got shape \(29,\), allowed: \(30,\), one of each row"):
+        knn_accuracy(*bank, bank[0], bank[1][1:])
     with pytest.raises(ValueError, match=r"bank, queries: got shapes \(30, 8\) and \(30, 7\)"):
         nearest_neighbours(bank[0], bank[0][:, 1:])
     assert [knn_k(n) for n in (5, 9_999, 10_000)] == [5, 20, 200]

@@ -69,7 +69,16 @@ def test_lars_state_dict_continues_exactly():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"lr": -1.0}, {"lr": float("nan")}, {"momentum": 1.0}, {"eta": -1.0}, {"weight_decay": -1.0}]
+    "wrong",
+    [
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"lr": "0.1"},
+        {"momentum": 1.0},
+        {"momentum": None},
+        {"eta": -1.0},
+        {"weight_decay": -1.0},
+    ],
 )
 def test_lars_names_the_wrong_argument(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: got"):

@@ -166,6 +166,7 @@ def test_a_model_whose_initialisation_looks_at_values(monkeypatch):
     [
         ({"image": 2}, "image: got 2, allowed: a whole number >= 4"),
         ({"batch": 1}, "batch: got 1, allowed: a whole number >= 2"),
+        ({"channels": "3"}, "channels: got '3', allowed: a whole number >= 1"),
         ({"memory": "much"}, "memory: got 'much'"),
         ({"optimizer": "adam"}, "optimizer: got 'adam', allowed: sgd, lars, adamw"),
         ({"model": "convnext_giant"}, "model: got 'convnext_giant'"),

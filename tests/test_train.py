@@ -332,6 +332,7 @@ def test_a_folder_without_a_name():
         ({"temperature": float("inf")}, "temperature: got inf, allowed: a float above 0 and finite"),
         ({"warmup_epochs": 3, "epochs": 2}, "warmup_epochs: got 3 with epochs=2, allowed: at most epochs"),
         ({"epochs": True}, "epochs: got True, allowed: a whole number >= 1"),
+        ({"seed": 2**32}, "seed: got 4294967296, allowed: a whole number below"),
         ({"lr": "fast"}, "lr: got 'fast', allowed: a finite number >= 0"),
         ({"lr": True}, "lr: got True, allowed: a finite number >= 0"),
         ({"image_size": "8"}, "image_size: got '8', allowed: a whole number >= 4"),

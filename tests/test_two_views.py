@@ -510,8 +510,12 @@ def test_bad_packs_policies_and_views():
         ({"blur": 1.1}, "blur: got 1.1, allowed: 0 to 1"),
         ({"hue": 0.6}, "hue: got 0.6, allowed: 0 to 0.5"),
         ({"strength": -1.0}, "strength"),
+        ({"flip": "0.5"}, "flip: got '0.5', allowed: 0 to 1"),
+        ({"rotate": None}, "rotate: got None, allowed: 0 to 180"),
+        ({"sigma": ("a", "b")}, r"sigma: got \('a', 'b'\), allowed: two numbers"),
+        ({"second": "simclr"}, "second: got 'simclr', allowed: a Policy"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             Policy(**given)
     with pytest.raises(ValueError, match="did you mean 'simclr'"):
         TwoViews("simcrl")
@@ -523,14 +527,14 @@ def test_bad_packs_policies_and_views():
         TwoViews("simclr", 8)("image.png")
     with pytest.raises(TypeError, match="images: got torch.float32"):
         TwoViews("simclr", 8)(images_of(3)[0] / 255)
-    for size in (16.0, 0, [8, "8"]):
+    for size in (16.0, 0, True, [8, "8"]):
         with pytest.raises(ValueError, match="size: got .*whole numbers from 1 up"):
             TwoViews("simclr", size)
     with pytest.raises(TypeError, match="augment: got None"):
         TwoViews(None, 8)
     with pytest.raises(TypeError, match="index: got torch.float32, allowed: integers"):
         TwoViews("simclr", 8)(images_of(3), torch.tensor([0.2, 0.4]))
-    for key in ({"epoch": -1}, {"seed": 2**32}):
+    for key in ({"epoch": -1}, {"seed": 2**32}, {"seed": None}, {"seed": 1.5}):
         with pytest.raises(ValueError, match="allowed: whole numbers from 0 to"):
             sample_view_params(torch.arange(2), 8, 8, "simclr", size=8, **key)
     with pytest.raises(ValueError, match="height, width: got 0, 8"):

@@ -194,14 +194,14 @@ def apart(a: _Maybe, b: _Maybe) -> tuple[_Maybe, _Maybe]:
     return a, b.view_as(b) if b is a and b is not None else b
 
 
-# Below this exp2's scale, log2(e) / t, is no longer finite in fp32.
-_LEAST_TEMPERATURE = 1e-37
+# Below the first exp2's scale, log2(e) / t, is no longer finite in fp32; above the other t itself.
+_LEAST_TEMPERATURE, _LARGEST_TEMPERATURE = 1e-37, 3e38
 
 
 def check_temperature(temperature: float | Tensor, z: Tensor) -> Tensor:
     """As a tensor () on z's device, in the dtype of sums."""
     dtype = accumulator(z)
-    if isinstance(temperature, float) and _LEAST_TEMPERATURE < temperature < math.inf:
+    if isinstance(temperature, float) and _LEAST_TEMPERATURE < temperature < _LARGEST_TEMPERATURE:
         return torch.scalar_tensor(temperature, dtype=dtype, device=z.device)
     check_temperature_alone(temperature, z)
     if isinstance(temperature, Tensor):
@@ -211,9 +211,11 @@ def check_temperature(temperature: float | Tensor, z: Tensor) -> Tensor:
 
 def check_temperature_alone(temperature: Any, z: Tensor | None = None) -> None:
     """What a module can check before it sees embeddings."""
-    check_number("temperature", temperature, "a float above 0 and finite, such as 0.1 or 0.5", z)
-    if not isinstance(temperature, Tensor) and not _LEAST_TEMPERATURE < as_float(temperature) < math.inf:
-        raise ValueError(f"temperature: got {temperature!r}, allowed: a float above 0 and finite, such as 0.1 or 0.5")
+    allowed = "a float above 0 and finite, in fp32 too, such as 0.1 or 0.5"
+    check_number("temperature", temperature, allowed, z)
+    if isinstance(temperature, Tensor) or _LEAST_TEMPERATURE < as_float(temperature) < _LARGEST_TEMPERATURE:
+        return
+    raise ValueError(f"temperature: got {temperature!r}, allowed: {allowed}")
 
 
 def check_number(name: str, value: object, allowed: str, z: Tensor | None = None) -> None:

@@ -20,7 +20,7 @@ from torch._C import _len_torch_dispatch_stack
 from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
-from ssl_fast._checks import is_number, whole
+from ssl_fast._checks import as_float, is_number, whole
 from ssl_fast._op import HALF_AND_FLOAT, Op
 
 _FLOATING = (*HALF_AND_FLOAT, torch.float64)
@@ -479,7 +479,7 @@ def _momentum(name: str, momentum: object, targets: Sequence[Tensor]) -> Tensor:
         return momentum
     if not is_number(momentum):
         raise TypeError(f"{name}: got {momentum!r}, allowed: a float in [0, 1], such as 0.999")
-    if not 0 <= (value := float(momentum)) <= 1:
+    if not 0 <= (value := as_float(momentum)) <= 1:
         raise ValueError(f"{name}: got {momentum}, allowed: a float in [0, 1], such as 0.999")
     return torch.scalar_tensor(value, dtype=torch.float64)
 
@@ -518,9 +518,9 @@ def _pairs(
         parameters = dict(targets.named_parameters()), dict(sources.named_parameters())
         found = _by_name(_LISTS, "parameter", *parameters).values()
         return [label for *_, label in found], [t for t, *_ in found], [s for _, s, _ in found]
-    for name, value in (("targets", targets), ("sources", sources)):
-        if isinstance(value, (nn.Module, Tensor)):
-            raise TypeError(f"{name}: got {type(value).__name__}, allowed: two modules, or two lists of tensors")
+    if any(isinstance(value, (nn.Module, Tensor)) or not isinstance(value, Iterable) for value in (targets, sources)):
+        got = f"{type(targets).__name__} and {type(sources).__name__}"
+        raise TypeError(f"targets, sources: got {got}, allowed: two modules, or two lists of tensors")
     targets, sources = list(targets), list(sources)  # type: ignore[arg-type]
     for name, values in (("targets", targets), ("sources", sources)):
         strange = next((kind for kind in set(map(type, values)) if not issubclass(kind, Tensor)), None)
