@@ -6,6 +6,7 @@ import functools
 import math
 import numbers
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -35,6 +36,13 @@ def check_flags(**flags: object) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}: got {value!r}, allowed: True, False")
+
+
+def a_path(name: str, value: Any, allowed: str) -> Path:
+    """A path with the home folder in it; "" would be the current folder."""
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ValueError(f"{name}: got {value!r}, allowed: {allowed}")
+    return Path(value).expanduser()
 
 
 def check_callable(name: str, value: object, allowed: str) -> None:

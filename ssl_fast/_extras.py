@@ -27,9 +27,9 @@ def require(module: str, purpose: str, extra: str = "train") -> Any:
         raise ImportError(f'{purpose} needs {name}, which is not installed: pip install "ssl_fast[{extra}]"') from error
 
 
-def nearest(name: str, allowed: list[str]) -> str:
+def nearest(name: object, allowed: list[str]) -> str:
     """ "did you mean 'x'? " for a misspelt name, or nothing."""
     import difflib
 
-    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5) if isinstance(name, str) else []
     return f"did you mean {close[0]!r}? " if close else ""

@@ -19,7 +19,7 @@ from ssl_fast.optim import DEFAULTS, SCHEDULES
 
 def method_arguments(method: str) -> dict[str, inspect.Parameter]:
     """The arguments beyond encoder and features that `train(method=...)` hands to a method."""
-    if method not in METHODS:
+    if method not in list(METHODS):
         raise ValueError(f"method: got {method!r}, {nearest(method, list(METHODS))}allowed: {', '.join(METHODS)}")
     parameters = inspect.signature(METHODS[method].build, eval_str=True).parameters
     return {name: p for name, p in parameters.items() if name not in ("encoder", "features")}

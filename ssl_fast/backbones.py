@@ -57,6 +57,8 @@ def build_encoder(
     """
     if stem not in ("auto", "small", "imagenet"):
         raise ValueError(f"stem: got {stem!r}, allowed: auto, small, imagenet")
+    if not isinstance(model, (str, nn.Module)):
+        raise TypeError(f"model: got {model!r}, allowed: the name of one, or an nn.Module")
     encoder = _by_name(model, channels) if isinstance(model, str) else model
     if isinstance(model, str) and stem != "imagenet" and (stem == "small" or image_size <= SMALL_IMAGE):
         if isinstance(getattr(encoder, "maxpool", None), nn.Module) and isinstance(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_fast._checks import whole
+from ssl_fast._checks import a_path, whole
 from ssl_fast._extras import nearest, require
 from ssl_fast.augment import seed_of
 from ssl_fast.folder import ImageFiles, WholeImages, decode_jpegs, decodes_jpegs, find_images
@@ -75,7 +75,7 @@ def load_data(data: str | Path, data_dir: str | Path | None = None, image_size: 
     """
     if image_size is not None:
         image_size = whole("image_size", image_size, 4, ", in pixels")
-    name, folder = str(data), Path(data).expanduser()
+    name, folder = str(data), a_path("data", data, f"{', '.join(NAMES)}, or the path of a folder of images")
     if name == "digits":
         loaded = _digits()
     elif name in NAMES:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_fast._checks import check_flags, whole
+from ssl_fast._checks import a_path, check_flags, whole
 from ssl_fast._extras import require
 from ssl_fast.augment import plain_view
 from ssl_fast.data import ImageData, Loader, Split
@@ -68,7 +68,8 @@ def embed(
         >>> embed("out/simclr", "photos", "photos.npy")
         >>> h = numpy.load("photos.npy", mmap_mode="r")
     """
-    target, root = Path(out).expanduser(), Path(data).expanduser()
+    target = a_path("out", out, f"the path of a file ending in {' or '.join(FORMATS)}")
+    root = a_path("data", data, "the path of a folder of images")
     names = target.with_suffix(".csv")
     partial, journal = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "json"))
     if target.suffix not in FORMATS:

@@ -92,6 +92,8 @@ def evaluate(
         >>> evaluate("out/digits")["linear"]
         >>> evaluate("out/digits", protocol="finetune", label_fraction=0.1, seeds=3)["finetune_std"]
     """
+    if not isinstance(protocol, str):
+        raise TypeError(f"protocol: got {protocol!r}, allowed: names in one string, such as 'knn,linear'")
     protocols = [p.strip() for p in protocol.split(",")]
     _check(protocols, initial, probe, freeze)
     _check_numbers(lr, seeds=(seeds, 1), seed=(seed, 0), epochs=(epochs, 1), batch_size=(batch_size, 1),
@@ -163,7 +165,7 @@ def _check(protocols: list[str], initial: str, probe: str, freeze: str) -> None:
 
 def _check_numbers(lr: float | None, **at_least: tuple[int | None, int]) -> None:
     for name, (number, low) in at_least.items():
-        if number is not None:
+        if number is not None or name != "epochs":
             whole(name, number, low)
     if lr is not None and not (is_number(lr) and 0 < lr < math.inf):
         raise ValueError(f"lr: got {lr!r}, allowed: a finite number above 0")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_fast._checks import check_flags
+from ssl_fast._checks import a_path, check_flags
 from ssl_fast._extras import nearest, require
 from ssl_fast.augment import MEAN_STD
 from ssl_fast.data import ImageData, Split
@@ -55,8 +55,8 @@ def export(
         >>> export("out/simclr", "onnx", "encoder.onnx")
     """
     check_flags(overwrite=overwrite)
-    target = Path(out).expanduser()
-    if format not in SUFFIXES:
+    target = a_path("out", out, f"the path of a file ending in {', '.join(SUFFIXES.values())}")
+    if format not in list(SUFFIXES):
         near = nearest(str(format), list(SUFFIXES))
         raise ValueError(f"format: got {format!r}, {near}allowed: {', '.join(SUFFIXES)}")
     if target.suffix != SUFFIXES[format]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssl_fast._checks import a_path
 from ssl_fast._distributed import rank_and_world
 from ssl_fast._folded import _Folded
 from ssl_fast.augment import plain_view
@@ -68,7 +69,7 @@ def _shape(tensor: Tensor | None) -> str:
 
 def saved_at(checkpoint: str | Path) -> Path:
     """The file of a checkpoint that is given by its path, or by the folder of its run."""
-    path = Path(checkpoint).expanduser()
+    path = a_path("checkpoint", checkpoint, "the folder of a run, or the path of a checkpoint in it")
     return path / "checkpoints" / "last.pt" if path.is_dir() else path
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssl_fast._checks import a_path
 from ssl_fast.arguments import method_arguments
 from ssl_fast.backbones import _width
 from ssl_fast.data import ImageData, Split, load_data
@@ -81,7 +82,7 @@ def report(
     Example:
         >>> report("out/digits")["report"]
     """
-    out, chosen = Path(out).expanduser(), pick_device(device)
+    out, chosen = a_path("out", out, "the path of a run's folder"), pick_device(device)
     if not (out / "args.yaml").is_file():
         raise FileNotFoundError(f"out: {out} holds no run, allowed: the folder that `train` was given as out")
     args, status = read_args(out), "not finished: no checkpoint yet"

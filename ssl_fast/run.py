@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssl_fast._checks import check_flags
+from ssl_fast._checks import a_path, check_flags
 from ssl_fast._extras import require
 from ssl_fast.progress import Console
 
@@ -42,13 +42,12 @@ class Run:
         defaults: dict[str, Any],
         writes: bool = True,
     ) -> None:
-        if not isinstance(out, (str, Path)) or not str(out):
-            raise ValueError(f"out: got {out!r}, allowed: the path of a folder for the run, such as out/simclr")
+        self.out = a_path("out", out, "the path of a folder for the run, such as out/simclr")
         check_flags(overwrite=overwrite)
         if not isinstance(resume, bool) and resume != "auto":
             raise ValueError(f"resume: got {resume!r}, allowed: True, False, 'auto'")
         self.writes = writes
-        self.out, self.config, self.overwrite = Path(out).expanduser(), config, overwrite
+        self.config, self.overwrite = config, overwrite
         self.resume = resume is True or (resume == "auto" and self._is_run())
         self.last = self.out / "checkpoints" / "last.pt"
         self.metrics = self.out / "metrics.jsonl"

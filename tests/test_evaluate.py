@@ -268,14 +268,17 @@ def test_what_cannot_be_evaluated(out, tmp_path):
         ({"batch_size": 0}, "batch_size: got 0, allowed: a whole number >= 1"),
         ({"num_workers": -1}, "num_workers: got -1, allowed: a whole number >= 0"),
         ({"probe": "sklearn", "protocol": "knn"}, "probe: got 'sklearn', allowed: auto, sgd, logistic"),
+        ({"seed": None}, "seed: got None, allowed: a whole number >= 0"),
+        ({"protocol": ["knn"]}, "protocol: got .'knn'., allowed: names in one string"),
+        ({"checkpoint": None}, "checkpoint: got None, allowed: the folder of a run"),
         ({"seeds": True}, "seeds: got True, allowed: a whole number >= 1"),
         ({"lr": "fast"}, "lr: got 'fast', allowed: a finite number above 0"),
         ({"lr": -1.0}, "lr: got -1.0, allowed: a finite number above 0"),
         ({"label_fraction": 0.003}, "label_fraction: got 0.003, which is 0 images of each of the 10 classes"),
         ({"label_fraction": 0.99}, "label_fraction: got 0.99, which is 142 images .* class 8 has"),
     ):
-        with pytest.raises(ValueError, match=message):
-            evaluate(out, **settings)
+        with pytest.raises((ValueError, TypeError), match=message):
+            evaluate(**{"checkpoint": out, **settings})
     assert not (out / "evaluation" / "digits_0.99_seed0.npy").exists()
     torch.save({"state_dict": {}, "arch": "resnet50"}, tmp_path / "moco.pt")
     with pytest.raises(ValueError, match="moco.pt is not a checkpoint of ssl_fast.train .*state_dict, arch"):
