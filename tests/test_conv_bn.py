@@ -543,7 +543,7 @@ class Listed(nn.Module):
 
     def forward(self, x):
         if self.random:
-            return self.norm(self.conv(x)) + torch.rand(())
+            return self.norm(self.conv(x)) + torch.rand(x.shape)
         return self.calls[1](self.calls[0](x))
 
 
