@@ -9,6 +9,8 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "error_check.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "error_check.h"
+
 #include <cstdint>
 #include <initializer_list>
 #include <optional>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ema.h"
+#include "error_check.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>

@@ -8,6 +8,7 @@
 
 #include "mma.h"
 
+#include "error_check.h"
 #include "info_nce.h"
 
 #include <cuda_runtime.h>
