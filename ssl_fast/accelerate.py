@@ -513,7 +513,9 @@ def _follow(model: nn.Module, norm: fx.Node) -> _Match | str:
 
 def _by(model: nn.Module, act: fx.Node, argument: fx.Node) -> Any:
     """The activation that a node is, of an argument and with defaults."""
-    if act.args != (argument,) or set(act.kwargs) - {"inplace"}:
+    # torch.fx writes the default slope of F.leaky_relu down.
+    given = {name: value for name, value in act.kwargs.items() if (name, value) != ("negative_slope", 0.01)}
+    if act.args != (argument,) or set(given) - {"inplace"}:
         return None
     if act.op == "call_module":
         return model.get_submodule(str(act.target))

@@ -196,6 +196,7 @@ FORWARDS: dict[str, tuple[Callable[[Custom, Tensor], Tensor], dict[str, str]]] =
     "functions": (lambda s, x: F.relu(s.m(s.b(torch.relu(s.n(s.a(x))))), inplace=True), {"n": "relu", "m": "relu"}),
     "methods": (lambda s, x: s.m(s.b(s.n(s.a(x)).relu())).relu_(), {"n": "relu", "m": "relu"}),
     "silu": (lambda s, x: F.silu(s.n(s.a(x))), {"n": "silu"}),
+    "leaky_relu": (lambda s, x: F.leaky_relu(s.n(s.a(x))), {"n": "leaky_relu"}),
     "residual": (lambda s, x: F.relu(s.n(s.a(x)) + x), {"n": "add, relu"}),
     "residual first": (lambda s, x: F.relu(torch.add(x, s.n(s.a(x)))), {"n": "add, relu"}),
     "residual in place": (add_in_place, {"n": "add, relu"}),

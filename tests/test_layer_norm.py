@@ -12,6 +12,7 @@ import pytest
 import torch
 from common import DEVICE, FLOOR, assert_close, backends, error
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.nn import functional as F
@@ -499,6 +500,15 @@ def test_compiles_whole_with_a_dynamic_batch(name):
         y, expected = compiled(x, residual), mine(x, residual)
         assert torch.equal(y, expected)
         assert torch.equal(*(torch.autograd.grad(t.square().sum(), x)[0] for t in (y, expected)))
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "LayerNorm2d"])
+def test_one_graph_serves_every_batch(name):
+    graphs = CompileCounterWithBackend("eager")
+    compiled = torch.compile(getattr(ssl_fast.nn, name)(6).to(DEVICE), fullgraph=True, dynamic=True, backend=graphs)
+    for n in (4, 7, 9):
+        compiled(random((n, 5, 6) if name == "LayerNorm" else (n, 6, 5)))
+    assert graphs.frame_count == 1
 
 
 # ---- instruction sets

@@ -41,7 +41,8 @@ from ssl_fast.ops.batch_norm import (
 def sizes(x: Tensor, width: int, channels: bool) -> tuple[int, int, int]:
     """(N, D, L): memory is N blocks of D rows of L numbers, and statistics are over D for each of the N L positions."""
     if channels and not channels_innermost(x):
-        return len(x), width, math.prod(x.shape[2:])
+        # Not len(x), which would fix the batch of a compiled model.
+        return x.shape[0], width, math.prod(x.shape[2:])
     return x.numel() // (width or 1), width, 1
 
 
