@@ -127,8 +127,7 @@ def block(rows: list[Row], steps: dict[str, Row], title: str) -> str:
 
 {common.table(lines, COLUMNS)}
 
-Mean and standard deviation over the seeds. kNN is weighted, in per cent of {tests} test images, of which each is
-{100 / tests:.2f}.
+Mean and standard deviation over seeds. kNN is weighted, in per cent of {tests} test images; one is {100 / tests:.2f}.
 """
 
 
