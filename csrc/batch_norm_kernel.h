@@ -66,9 +66,6 @@ SSL_FAST_INLINE void for_each_vector_of(int64_t length, const F& f) {
   if (i < length) f(i, static_cast<int>(length - i));
 }
 
-// Into L2. An address past the end does no harm.
-SSL_FAST_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-
 // f(line, c) for each line of a block.
 template <class F>
 SSL_FAST_INLINE void for_each_line(const Problem& p, const Block& b, const F& f) {
@@ -86,10 +83,10 @@ void apply_block(const Problem& p, const Block& b) {
   for_each_line(p, b, [&](int64_t line, int64_t c) SSL_FAST_LAMBDA {
     const auto r = all.at(line, c);
     for_each_vector_of(r.length, [&](int64_t i, int n) SSL_FAST_LAMBDA {
-      if (b.ahead) fetch(r.x + i + b.ahead);
+      if (b.ahead) prefetch(r.x + i + b.ahead);
       V u = r.pre_activation(r.centred(i, n), i);
       if (kResidual && r.has_residual) {
-        if (b.ahead) fetch(r.residual + i + b.ahead);
+        if (b.ahead) prefetch(r.residual + i + b.ahead);
         u += load_first(r.residual + i, n);
         if (r.has_mask) write_bits(r.new_mask, i, n, to_bits(positive(u)));
       }
@@ -106,8 +103,8 @@ void backward_block(const Problem& p, const Block& b) {
     const auto r = all.at(line, c);
     for_each_vector_of(r.length, [&](int64_t i, int n) SSL_FAST_LAMBDA {
       if (b.ahead) {
-        fetch(r.x + i + b.ahead);
-        fetch(r.dy + i + b.ahead);
+        prefetch(r.x + i + b.ahead);
+        prefetch(r.dy + i + b.ahead);
       }
       const V x = r.centred(i, n);
       const V dz = r.template gradient<kActivation>(x, i, n);

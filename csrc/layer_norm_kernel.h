@@ -73,7 +73,7 @@ struct Line {
   }
   explicit SSL_FAST_INLINE operator bool() const { return at != nullptr; }
   // Asks for what a later step reads first, while this one computes and writes.
-  SSL_FAST_INLINE void prefetch(int64_t i) const { __builtin_prefetch(at + i, 0, 2); }
+  SSL_FAST_INLINE void fetch(int64_t i) const { prefetch(at + i); }
 };
 
 template <class T>
@@ -152,7 +152,7 @@ void forward_rows(const Problem& p, int64_t first, int64_t last) {
       T* const y = line_of<T>(p.y, (begin + r) * D);
       const float mean = at[r].mean, invstd = at[r].invstd, offset = -at[r].low * invstd;
       for_each_vector_of(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-        next.prefetch(i);
+        next.fetch(i);
         V u = ((x(i, k) - mean) * invstd + offset) * load(weight + i) + load(bias + i);
         if (residual) u += residual(i, k);
         store_first(y + i, finish<kActivation>(u, activation), k, stream);
@@ -208,8 +208,8 @@ void backward_rows(const Problem& p, int64_t first, int64_t last, double* sums, 
         const auto next_x = Line<T>::of(p, p.x, (begin + r + step) * D), next_dy = Line<T>::of(p, p.dy, (begin + r + step) * D);
         T *const dx = line_of<T>(p.dx, (begin + r) * D), *const dresidual = line_of<T>(p.dresidual, (begin + r) * D);
         for_each_vector_of(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-          next_x.prefetch(i);
-          next_dy.prefetch(i);
+          next_x.fetch(i);
+          next_dy.fetch(i);
           const V xhat = row.normalised(i, k), dz = row.gradient(xhat, i, k);
           if (dresidual != nullptr) store_first(dresidual + i, dz, k, stream);
           if (dx != nullptr) store_first(dx + i, (dz * load(weight + i) - even[r] - xhat * along[r]) * row.invstd, k, stream);
@@ -275,7 +275,7 @@ void forward_planes(const Problem& p, int64_t first, int64_t last, float* work) 
     for (int64_t d = 0; d < D; ++d) {
       const V weight = broadcast(p.weight[d]), bias = broadcast(p.bias[d]);
       for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-        x.prefetch(d * L + i + tile.next);
+        x.fetch(d * L + i + tile.next);
         V u = ((x(d * L + i, k) - load(mean + i)) * load(invstd + i) + load(offset + i)) * weight + bias;
         if (residual) u += residual(d * L + i, k);
         store_first(y + d * L + i, finish<kOther>(u, activation), k, stream);
@@ -330,8 +330,8 @@ void backward_planes(const Problem& p, int64_t first, int64_t last, double* sums
       V dweight = {}, dbias = {};
       for_each_vector_of(tile.count, [&](int64_t i, int k) SSL_FAST_LAMBDA {
         const int64_t at = d * L + i;
-        x.prefetch(at + tile.next);
-        dy.prefetch(at + tile.next);
+        x.fetch(at + tile.next);
+        dy.fetch(at + tile.next);
         const V xhat = normalised(at, i, k), dz = gradient(xhat, weight, bias, at, k);
         if (dresidual != nullptr) store_first(dresidual + at, dz, k, stream);
         if (dx != nullptr) {
