@@ -15,8 +15,10 @@ namespace {
 #define SSL_FAST_KERNELS "layer_norm_kernel.h"
 #include "instruction_sets.h"
 
-// Work below which a second thread is not worth its waking, what a block should hold at least, and a tile at most.
+// Work below which a second thread is not worth its waking, what a block should hold at least, and a tile at most. Few wide
+// rows are shared out too.
 constexpr int64_t kWorthThreads = int64_t{128} << 10, kBlockBytes = int64_t{128} << 10, kMostBlocks = 64, kLeastRows = 8;
+constexpr int64_t kLeastWideRows = 2, kWideBytes = int64_t{1} << 20;
 constexpr int64_t kTileBytes = int64_t{128} << 10, kLeastTile = 32;
 // An image that caches hold is a tile, where there are enough for all threads: one run of memory, where smaller tiles would be
 // short runs, each with an end of its own.
@@ -24,20 +26,29 @@ constexpr int64_t kImageBytes = int64_t{384} << 10, kLeastImages = 16;
 // Outputs that no cache would hold until they are read are written past the caches.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
 constexpr int64_t kMostLanes = 16;
+// Units whose affine gradients are summed in fp32 before they are added in fp64, and sums that are worth a second thread.
+constexpr int64_t kSummed = 256, kWorthAdding = int64_t{128} << 10;
 
 using Optional = std::optional<Tensor>;
 
-// A tensor of `width` numbers, contiguous and of any floating dtype, as fp32; `missing` where there is none.
-void copy_parameter(const Optional& values, int64_t width, float missing, const char* name, float* out) {
-  std::fill(out, out + width + kMostLanes, missing);
-  if (!values) return;
-  STD_TORCH_CHECK(values->is_cpu() && values->numel() == width && values->is_contiguous(), "layer_norm (native CPU): ", name,
-                  " must be contiguous, of ", width, " numbers on the CPU");
+// A tensor of `width` numbers, contiguous and of any floating dtype, as fp32 that may be read a vector beyond: itself, or
+// copied into `room`; `missing` where there is none.
+const float* parameter(const Optional& values, int64_t width, float missing, const char* name,
+                       std::optional<Buffer<float>>& room) {
+  STD_TORCH_CHECK(!values || (values->is_cpu() && values->numel() == width && values->is_contiguous()),
+                  "layer_norm (native CPU): ", name, " must be contiguous, of ", width, " numbers on the CPU");
+  if (values && values->scalar_type() == ScalarType::Float && width % kMostLanes == 0)
+    return static_cast<const float*>(values->data_ptr());
+  room.emplace(width + kMostLanes);
+  std::fill(room->get(), room->get() + width + kMostLanes, missing);
   const auto copy = [&](auto zero) {
-    std::copy_n(static_cast<const decltype(zero)*>(values->data_ptr()), width, out);
+    std::copy_n(static_cast<const decltype(zero)*>(values->data_ptr()), width, room->get());
   };
-  if (values->scalar_type() == ScalarType::Double) return copy(double{});
-  dispatch_float(values->scalar_type(), "layer_norm", copy);
+  if (values && values->scalar_type() == ScalarType::Double)
+    copy(double{});
+  else if (values)
+    dispatch_float(values->scalar_type(), "layer_norm", copy);
+  return room->get();
 }
 
 // A dense tensor, and how it is cut into blocks of units: by its shape alone, so that sums come out the same to the bit
@@ -45,7 +56,7 @@ void copy_parameter(const Optional& values, int64_t width, float missing, const 
 struct Task : Problem {
   Task(const Tensor& x_, const Optional& residual_, const Optional& weight_, const Optional& bias_, int64_t width, bool channels,
        int64_t activation_)
-      : Problem{}, parameters(2 * (width + kMostLanes)) {
+      : Problem{} {
     STD_TORCH_CHECK(x_.is_cpu() && width >= 0 && (!channels || (x_.dim() >= 2 && x_.size(1) == width)),
                     "layer_norm (native CPU): x must be on the CPU, with ", width, " numbers to normalise");
     dtype = x_.scalar_type();
@@ -66,12 +77,11 @@ struct Task : Problem {
     units = N * tiles;
     int64_t most = 1;  // a power of two, which threads share evenly
     while (most < kMostBlocks && 2 * most * kBlockBytes <= bytes) most *= 2;
-    units_a_block = std::max<int64_t>(L == 1 ? kLeastRows : 1, ceil_div(units, most));
+    const int64_t least = L > 1 ? 1 : D * size < kWideBytes ? kLeastRows : kLeastWideRows;
+    units_a_block = std::max<int64_t>(least, ceil_div(units, most));
     blocks = ceil_div(units, units_a_block);
-    copy_parameter(weight_, D, 1, "weight", parameters.get());
-    copy_parameter(bias_, D, 0, "bias", parameters.get() + D + kMostLanes);
-    weight = parameters.get();
-    bias = weight + D + kMostLanes;
+    weight = parameter(weight_, D, 1, "weight", own_weight);
+    bias = parameter(bias_, D, 0, "bias", own_bias);
   }
 
   static const void* same(const Tensor& tensor, const Tensor& x, const char* name) {
@@ -103,8 +113,26 @@ struct Task : Problem {
   }
 
   int64_t bytes, units, units_a_block, blocks;
-  Buffer<float> parameters;
+  std::optional<Buffer<float>> own_weight, own_bias;
 };
+
+// (parts, 2, D) sums as (D,) each, added in fp64.
+void add_up(const float* sums, int64_t parts, int64_t D, const Tensor& dweight, const Tensor& dbias) {
+  float* const out[2] = {static_cast<float*>(dweight.data_ptr()), static_cast<float*>(dbias.data_ptr())};
+  constexpr int64_t kPiece = 256;
+  const int64_t pieces = ceil_div(D, kPiece), grain = kWorthAdding / (kPiece * std::max<int64_t>(parts, 1));
+  torch::stable::parallel_for(0, 2 * pieces, std::max<int64_t>(grain, 1), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t which = k / pieces, from = k % pieces * kPiece, count = std::min(kPiece, D - from);
+      double total[kPiece] = {};
+      for (int64_t part = 0; part < parts; ++part) {
+        const float* const own = sums + (2 * part + which) * D + from;
+        for (int64_t i = 0; i < count; ++i) total[i] += own[i];
+      }
+      std::copy_n(total, count, out[which] + from);
+    }
+  });
+}
 
 std::tuple<Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Optional& residual, const Optional& weight,
                                           const Optional& bias, int64_t width, bool channels, double eps, int64_t activation) {
@@ -132,20 +160,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, cons
   p.dx = need_dx ? dx.data_ptr() : nullptr;
   p.dresidual = need_dresidual ? dresidual.data_ptr() : nullptr;
   p.choose_stream({p.dx, p.dresidual});
-  const int64_t numbers = need_affine ? 2 * p.D : 0;
-  const Buffer<double> sums(std::max<int64_t>(p.blocks, 1) * numbers);
-  std::fill(sums.get(), sums.get() + numbers, 0.0);  // what no block adds to
+  const int64_t numbers = need_affine ? 2 * p.D : 0, parts_a_block = ceil_div(p.units_a_block, kSummed);
+  const Buffer<float> sums(p.blocks * parts_a_block * numbers);
   p.for_each_block([&](int64_t block, int64_t first, int64_t last, float* work) {
-    double* const own = numbers ? sums.get() + block * numbers : nullptr;
-    std::fill(own, own + numbers, 0.0);
-    kernels().backward(p, first, last, own, work);
+    float* own = sums.get() + block * parts_a_block * numbers;
+    for (int64_t from = first; from < last; from += kSummed, own += numbers)
+      kernels().backward(p, from, std::min(from + kSummed, last), numbers ? own : nullptr, work);
   });
-  double* const total = sums.get();
-  for (int64_t b = 1; b < p.blocks; ++b)
-    for (int64_t i = 0; i < numbers; ++i) total[i] += total[b * numbers + i];
   Tensor dweight = empty({numbers / 2}), dbias = empty({numbers / 2});
-  std::copy_n(total, numbers / 2, static_cast<float*>(dweight.data_ptr()));
-  std::copy_n(total + numbers / 2, numbers / 2, static_cast<float*>(dbias.data_ptr()));
+  if (need_affine) {
+    const int64_t last = p.blocks - 1;  // which may have fewer
+    add_up(sums.get(), last < 0 ? 0 : last * parts_a_block + ceil_div(p.units - last * p.units_a_block, kSummed), p.D, dweight,
+           dbias);
+  }
   return {std::move(dx), std::move(dresidual), std::move(dweight), std::move(dbias)};
 }
 

@@ -25,8 +25,8 @@ struct Problem {
 struct Kernels {
   int64_t (*work)(const Problem&);  // floats that a block of units needs
   void (*forward)(const Problem&, int64_t first, int64_t last, float* work);
-  // Adds the sums over the units of dz * xhat and of dz to (2, D) doubles, if there are any.
-  void (*backward)(const Problem&, int64_t first, int64_t last, double* sums, float* work);
+  // The sums over the units of dz * xhat and of dz into (2, D) floats, unless there are none.
+  void (*backward)(const Problem&, int64_t first, int64_t last, float* sums, float* work);
 };
 
 }  // namespace ssl_fast::layer_norm

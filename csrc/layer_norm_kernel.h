@@ -7,8 +7,6 @@
 
 #include "activations_simd.h"
 
-constexpr int64_t kTileRows = 256;  // whose affine gradients are summed in fp32 before they are added in fp64
-
 // ---- sums
 
 template <int kCount>
@@ -118,6 +116,9 @@ SSL_FAST_INLINE int64_t rows_at_once(const Problem& p) {
   return std::clamp<int64_t>(kBytesAtOnce / (p.D * static_cast<int64_t>(sizeof(float))), 1, kRowsAtOnce);
 }
 
+// Wide rows' gradients are taken some at a time and piece by piece, so that the sums of a piece stay in the nearest cache.
+constexpr int64_t kWide = 4096, kWideRows = 4, kPiece = 2048;
+
 template <class T, int64_t kActivation>
 void forward_rows(const Problem& p, int64_t first, int64_t last) {
   // What stores might change, for all the compiler knows, is kept out of memory.
@@ -162,11 +163,12 @@ void forward_rows(const Problem& p, int64_t first, int64_t last) {
 }
 
 template <class T, int64_t kActivation>
-void backward_rows(const Problem& p, int64_t first, int64_t last, double* sums, float* work) {
-  const int64_t D = p.D, rows = p.N, padded = round_up(D, kLanes), activation = p.activation, step = rows_at_once(p);
+void backward_rows(const Problem& p, int64_t first, int64_t last, float* sums) {
+  const int64_t D = p.D, rows = p.N, activation = p.activation;
+  const int64_t step = D < kWide ? rows_at_once(p) : kWideRows, piece = D < kWide ? D : kPiece;
   const float *const weight = p.weight, *const bias = p.bias;
   const bool stream = p.stream;
-  float *const dweight = work, *const dbias = work + padded;
+  float *const dweight = sums, *const dbias = sums + D;
   const float scale = 1.0f / static_cast<float>(D);
   // Of a row: xhat, and dz, for each vector; 0 in lanes beyond k.
   struct Row {
@@ -189,41 +191,36 @@ void backward_rows(const Problem& p, int64_t first, int64_t last, double* sums, 
                p.stats[row], invstd, -p.stats[rows + row] * invstd, weight, bias, activation};
   };
   float even[kRowsAtOnce], along[kRowsAtOnce];
-  for (int64_t tile = first, end; tile < last; tile = end) {
-    end = std::min(tile + kTileRows, last);
-    std::fill(work, work + 2 * padded, 0.0f);
-    for (int64_t begin = tile; begin < end; begin += step) {
-      const int64_t count = std::min(step, end - begin);
-      for (int64_t r = 0; p.dx != nullptr && r < count; ++r) {
-        const Row row = row_of(begin + r);
-        const auto both = sum_over<2>(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
-          const V xhat = row.normalised(i, k), g = row.gradient(xhat, i, k) * load(weight + i);
-          return Sums<2>{g, g * xhat};
-        });
-        even[r] = sum_of(both.of[0]) * scale;
-        along[r] = sum_of(both.of[1]) * scale;
-      }
+  if (sums != nullptr) std::fill(sums, sums + 2 * D, 0.0f);
+  for (int64_t begin = first; begin < last; begin += step) {
+    const int64_t count = std::min(step, last - begin);
+    for (int64_t r = 0; p.dx != nullptr && r < count; ++r) {
+      const Row row = row_of(begin + r);
+      const auto both = sum_over<2>(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+        const V xhat = row.normalised(i, k), g = row.gradient(xhat, i, k) * load(weight + i);
+        return Sums<2>{g, g * xhat};
+      });
+      even[r] = sum_of(both.of[0]) * scale;
+      along[r] = sum_of(both.of[1]) * scale;
+    }
+    for (int64_t from = 0; from < D; from += piece)
       for (int64_t r = 0; r < count; ++r) {
         const Row row = row_of(begin + r);
         const auto next_x = Line<T>::of(p, p.x, (begin + r + step) * D), next_dy = Line<T>::of(p, p.dy, (begin + r + step) * D);
         T *const dx = line_of<T>(p.dx, (begin + r) * D), *const dresidual = line_of<T>(p.dresidual, (begin + r) * D);
-        for_each_vector_of(D, [&](int64_t i, int k) SSL_FAST_LAMBDA {
+        for_each_vector_of(std::min(piece, D - from), [&](int64_t at, int k) SSL_FAST_LAMBDA {
+          const int64_t i = from + at;
           next_x.fetch(i);
           next_dy.fetch(i);
           const V xhat = row.normalised(i, k), dz = row.gradient(xhat, i, k);
           if (dresidual != nullptr) store_first(dresidual + i, dz, k, stream);
           if (dx != nullptr) store_first(dx + i, (dz * load(weight + i) - even[r] - xhat * along[r]) * row.invstd, k, stream);
           if (sums != nullptr) {
-            store(dweight + i, load(dweight + i) + dz * xhat);
-            store(dbias + i, load(dbias + i) + dz);
+            store_first(dweight + i, load_first(dweight + i, k) + dz * xhat, k);
+            store_first(dbias + i, load_first(dbias + i, k) + dz, k);
           }
         });
       }
-    }
-    for (int64_t i = 0; sums != nullptr && i < D; ++i) {
-      sums[i] += dweight[i];
-      sums[D + i] += dbias[i];
-    }
   }
 }
 
@@ -285,12 +282,13 @@ void forward_planes(const Problem& p, int64_t first, int64_t last, float* work) 
 }
 
 template <class T>
-void backward_planes(const Problem& p, int64_t first, int64_t last, double* sums, float* work) {
+void backward_planes(const Problem& p, int64_t first, int64_t last, float* sums, float* work) {
   const int64_t padded = round_up(p.tile, kLanes), positions = p.N * p.L, D = p.D, L = p.L, activation = p.activation;
   const bool stream = p.stream;
   const float scale = 1.0f / static_cast<float>(D);
   float *const mean = work, *const invstd = mean + padded, *const offset = invstd + padded;
   float *const even = offset + padded, *const along = even + padded;
+  if (sums != nullptr) std::fill(sums, sums + 2 * D, 0.0f);
   for (int64_t unit = first; unit < last; ++unit) {
     const Tile tile = Tile::of(p, unit);
     std::fill(work, work + 5 * padded, 0.0f);
@@ -360,7 +358,7 @@ void with_types(const Problem& p, const F& f) {
 }
 
 int64_t work_of(const Problem& p) {
-  return p.L == 1 ? 2 * round_up(p.D, kLanes) : 5 * round_up(p.tile, kLanes);
+  return p.L == 1 ? 0 : 5 * round_up(p.tile, kLanes);
 }
 
 void forward(const Problem& p, int64_t first, int64_t last, float* work) {
@@ -370,10 +368,10 @@ void forward(const Problem& p, int64_t first, int64_t last, float* work) {
   });
 }
 
-void backward(const Problem& p, int64_t first, int64_t last, double* sums, float* work) {
+void backward(const Problem& p, int64_t first, int64_t last, float* sums, float* work) {
   with_types(p, [&](auto zero, auto activation) {
     using T = decltype(zero);
-    p.L == 1 ? backward_rows<T, activation.value>(p, first, last, sums, work)
+    p.L == 1 ? backward_rows<T, activation.value>(p, first, last, sums)
              : backward_planes<T>(p, first, last, sums, work);
   });
 }
