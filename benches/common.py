@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -160,8 +161,11 @@ def relative_error(values: Sequence[Tensor], truths: Sequence[Tensor]) -> float:
 # ---- measuring
 
 
-def measure(table: Table, seconds: float, allocator: str = "default", quick: bool = False) -> list[Row]:
-    """The rows of a table, all of one run. A provider that memory does not suffice for has a row without a time.
+def measure(
+    table: Table, seconds: float, allocator: str = "default", quick: bool = False
+) -> tuple[list[Row], list[str]]:
+    """The rows of a table, all of one run, and which providers failed: those have none, and are said. A provider that
+    memory does not suffice for has a row without a time.
 
     On a GPU ms is its own time, from a cold L2 cache; ms_call is that of a call on an idle one, launches included,
     until its result is there.
@@ -171,40 +175,67 @@ def measure(table: Table, seconds: float, allocator: str = "default", quick: boo
     on_gpu = DEVICE == "cuda"
     least = {"seconds": seconds / 3, "slow": 1.0} if on_gpu else {"seconds": seconds}  # a third for each way to time
     least = {"seconds": 0.3, "rounds": 3, "slow": 2.0} if quick else least
+    failed: list[str] = []
+
+    def guard(key: str) -> contextlib.AbstractContextManager[None]:
+        return going_on(f"{table.op}, {table.shape}, allocator {allocator}, {key}", failed, Exception)
+
+    def in_turn(cold: bool = False, idle: bool = False) -> dict[str, list[float]]:
+        times = interleave(steps, cold=cold, idle=idle, guard=guard, **least)
+        for key in steps.keys() - times.keys():
+            del steps[key]
+        return times
+
     if on_gpu:
         _take_workspaces()
-    peaks = {p.key: _first_call(p) for p in table.providers}
-    running = [p for p in table.providers if peaks[p.key] is not None]
-    steps = {p.key: p.build() for p in running}
-    for p in running:
-        if p.compiled:
-            steps[p.key]()
-    measured = interleave(steps, cold=True, **least)
-    warm = interleave(steps, **least) if on_gpu else {}
-    calls = interleave(steps, cold=True, idle=True, **least) if on_gpu else {}
-    first = table.providers[0].name
-    floors = {p.floor or first for p in table.providers if p.work is not None}
-    floor_ms = {p.name: timing(measured[p.key])["ms"] for p in running if p.name in floors}
+    peaks: dict[str, float | None] = {}
+    for p in table.providers:
+        with guard(p.key):
+            peaks[p.key] = _first_call(p)
+    steps: dict[str, Step] = {}
+    for p in table.providers:
+        if peaks.get(p.key) is not None:
+            with guard(p.key):
+                step = p.build()
+                if p.compiled:
+                    waited(step)()
+                steps[p.key] = step
+    measured = in_turn(cold=True)
+    warm = in_turn() if on_gpu else {}
+    calls = in_turn(cold=True, idle=True) if on_gpu else {}
+    first = table.providers[0]
+    floors = {p.floor or first.name for p in table.providers if p.work is not None}
+    beside: dict[str, Row] = {}  # memory and error, by the key of a provider that has not failed
+    for p in table.providers:
+        if p.key in steps:
+            with guard(p.key):
+                found: Row = {}
+                if allocator == "default" and p.name not in floors and not p.elsewhere:
+                    found["extra_mb"] = extra_memory(steps[p.key]) if p.compiled else peaks[p.key]
+                if p.error is not None:
+                    found["error"] = p.error()
+                beside[p.key] = found
+    ms = {key: timing(measured[key])["ms"] for key in beside}
+    floor_ms = {p.name: ms[p.key] for p in table.providers if p.name in floors and p.key in ms}
     rows: list[Row] = []
     for p in table.providers:
         row: Row = {"op": p.op or table.op, "shape": table.shape, "dtype": p.dtype, "provider": p.name}
-        row |= {"allocator": allocator, "to": first}
-        rows.append(row)
-        if p not in running:
+        row |= {"allocator": allocator, "to": first.name}
+        if p.key not in ms:
+            if p.key in peaks and peaks[p.key] is None:
+                rows.append(row)
             continue
+        rows.append(row)
         row |= timing(measured[p.key])
         row |= {f"ms_{how}": timing(times[p.key])["ms"] for how, times in (("warm_l2", warm), ("call", calls)) if times}
-        row |= {"ratio": row["ms"] / rows[0]["ms"]} if "ms" in rows[0] else {}
+        row |= {"ratio": row["ms"] / ms[first.key]} if first.key in ms else {}
         if p.work is not None:
-            floor = p.floor or first
+            floor = p.floor or first.name
             row |= {"x_floor": row["ms"] / floor_ms[floor] / p.work} if floor in floor_ms else {}
             row |= {"tflops": p.work * table.flop / row["ms"] / 1e9} if table.flop and floor != COPY else {}
             row |= {"gb_per_s": p.work * table.bytes / row["ms"] / 1e6} if table.bytes and floor != PRODUCT else {}
-        if allocator == "default" and p.name not in floors and not p.elsewhere:
-            row["extra_mb"] = extra_memory(steps[p.key]) if p.compiled else peaks[p.key]
-        if p.error is not None:
-            row["error"] = p.error()
-    return rows
+        row |= beside[p.key]
+    return rows, failed
 
 
 def _take_workspaces() -> None:
@@ -218,32 +249,37 @@ def _first_call(provider: Provider) -> float | None:
 
     On a CPU in a fork of this process, and within the memory that is free: the system would end a process that takes
     more, and not raise. This process must not have computed anything yet: a fork has none of OpenMP's threads.
+
+    Raises:
+        Failed: for any other error, in its words.
     """
 
-    def first_call() -> float | None:
+    def first_call() -> float | str | None:
         if DEVICE == "cpu":
             limit = _data_segment() + free_memory(torch.device("cpu")) - resident_memory("VmRSS")
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         try:
-            return extra_memory(provider.build())
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            return None
+            return extra_memory(waited(provider.build()))  # a GPU's error is its own, not the next provider's
+        except Exception as error:
+            return None if out_of_memory(error) else in_a_line(error)
 
     if provider.compiled or provider.elsewhere:
         return 0.0
+    found: float | str | None
     if DEVICE == "cuda":
         found = first_call()
         gc.collect()  # what the frames of an error, or a cycle, still hold is the next provider's
         torch.cuda.empty_cache()
-        return found
-    try:
-        return forked(first_call)
-    except ChildProcessError as error:
-        if error.errno is None:  # an exception, shown above
-            raise
-        return None  # a signal: memory ran out where nothing could be thrown
+    else:
+        try:
+            found = forked(first_call)
+        except ChildProcessError as error:
+            if error.errno is None:  # what is no exception of the provider's, shown above
+                raise
+            found = None  # a signal: memory ran out where nothing could be thrown
+    if isinstance(found, str):
+        raise Failed(found)
+    return found
 
 
 def forked(work: Callable[[], Any]) -> Any:
@@ -262,15 +298,25 @@ def forked(work: Callable[[], Any]) -> Any:
         child.join()
 
 
+class Failed(Exception):
+    """An error of a provider in a line, without its frames and what they hold."""
+
+
 @contextlib.contextmanager
-def going_on(case: object, failed: list[str]) -> Iterator[None]:
-    """A process of a case that ends without a result is said, and is in `failed`; the other cases go on."""
+def going_on(case: object, failed: list[str], errors: type[Exception] = ChildProcessError) -> Iterator[None]:
+    """A case that ends without a result is said, and is in `failed`; the other cases go on."""
     try:
         yield
-    except ChildProcessError as error:
-        why = f"signal {error.errno} ended it, as where memory runs out" if error.errno else "failed, as shown above"
-        print(f"{case}: {why}", file=sys.stderr, flush=True)
+    except errors as error:
+        print(f"{case}: {in_a_line(error)}", file=sys.stderr, flush=True)
         failed.append(str(case))
+
+
+def in_a_line(error: Exception) -> str:
+    """What ended a case."""
+    if isinstance(error, ChildProcessError):
+        return f"signal {error.errno} ended it, as where memory runs out" if error.errno else "failed, as shown above"
+    return str(error) if isinstance(error, Failed) else shorten(f"{type(error).__name__}: {error}", 300)
 
 
 def _ended(status: int) -> ChildProcessError:
@@ -291,20 +337,29 @@ def interleave(
     slow: float = 5.0,
     cold: bool = False,
     idle: bool = False,
+    guard: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> dict[str, list[float]]:
     """Milliseconds of each step, measured in turn round by round, so that a drift of the machine meets all alike.
 
     One round warms up. At least `rounds` rounds are timed, and more while they fit into `seconds`. A step that takes
     more than `slow` seconds is left at its first time. On a GPU, `cold` empties its L2 cache in front of each step, and
-    `idle` takes the time of a call from an idle one, launches included.
+    `idle` takes the time of a call from an idle one, launches included. A step whose error `guard(name)` keeps to
+    itself has no times.
     """
-    first = {name: _timed(step, cold, idle) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [t] if t > slow * 1e3 else [] for name, t in first.items()}
-    quick = [name for name in steps if not times[name]]
+    times: dict[str, list[float]] = {}
+    for name, step in steps.items():
+        with guard(name):
+            first = _timed(step, cold, idle)
+            times[name] = [first] if first > slow * 1e3 else []
+    quick = [name for name in times if not times[name]]
     start, done = time.perf_counter(), 0
     while quick and (done < rounds or time.perf_counter() - start < seconds):
-        for name in quick:
-            times[name].append(_timed(steps[name], cold, idle))
+        for name in tuple(quick):
+            with guard(name):
+                times[name].append(_timed(steps[name], cold, idle))
+                continue
+            quick.remove(name)
+            del times[name]
         done += 1
     return times
 
@@ -440,7 +495,8 @@ def main(
                 continue
             work = functools.partial(measure, table, seconds, allocator, arguments.quick)
             with going_on(f"{table.op}, {table.shape}, allocator {allocator}", failed):
-                measured = apart(work, module, [*quick, "--worker", allocator, given], allocator)
+                measured, lacking = apart(work, module, [*quick, "--worker", allocator, given], allocator)
+                failed += lacking
                 show(measured)
                 rows += measured
                 save(rows, arguments.quick)  # after each table: what an interruption leaves is kept
@@ -484,6 +540,8 @@ def profile(measured: Table, folder: Path) -> None:
 
 def show(rows: list[Row]) -> None:
     """A table with the columns that something stands in."""
+    if not rows:
+        return
     print(f"\n{rows[0]['op']}, {rows[0]['shape']}, allocator {rows[0].get('allocator', 'default')}")
     print(table(rows, [c for c in SHOWN if any(row.get(c, "") != "" for row in rows)]), flush=True)
 

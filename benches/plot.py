@@ -53,24 +53,18 @@ def norm_block() -> str:
         found = []
         keys = ("op", "shape", "dtype", "allocator")
         for op, shape, dtype, allocator in dict.fromkeys(tuple(r[k] for k in keys) for r in here):
-            own = [r for r in here if tuple(r[k] for k in keys) == (op, shape, dtype, allocator)]
-            ms = {r["provider"]: time(r) for r in own if r["ms"]}
-            off = {r["provider"]: r["error"] for r in own}
-
-            def ratio(one: str, other: str, ms: dict[str, float] = ms) -> float | str:
-                return ms[one] / ms[other] if {one, other} <= ms.keys() else OUT_OF_MEMORY
-
+            own = {r["provider"]: r for r in here if tuple(r[k] for k in keys) == (op, shape, dtype, allocator)}
             found.append(
                 {
                     "tensor": unbroken(NORMS[op] + shape),
                     "dtype": dtype,
                     "allocator": allocator,
-                    "ssl_fast ms": ms.get("ssl_fast", OUT_OF_MEMORY),
-                    "x faster than eager": ratio("eager", "ssl_fast"),
-                    "than torch.compile": ratio("torch.compile", "ssl_fast"),
-                    "kernels, copies of the tensor": ratio("ssl_fast kernels", "copy_"),
-                    "error": off["ssl_fast"],
-                    "error of eager": off["eager"],
+                    "ssl_fast ms": quotient(own, "ssl_fast"),
+                    "x faster than eager": quotient(own, "eager", "ssl_fast"),
+                    "than torch.compile": quotient(own, "torch.compile", "ssl_fast"),
+                    "kernels, copies of the tensor": quotient(own, "ssl_fast kernels", "copy_"),
+                    "error": own.get("ssl_fast", {}).get("error", ""),
+                    "error of eager": own.get("eager", {}).get("error", ""),
                 }
             )
         return found
@@ -130,7 +124,7 @@ def fold_block() -> str:
         found = []
         for shape in dict.fromkeys(r["shape"] for r in here):
             own = {r["provider"]: r for r in here if r["shape"] == shape}
-            line: common.Row = {"network": unbroken(shape), "unfolded ms": own["unfolded"]["ms"] or OUT_OF_MEMORY}
+            line: common.Row = {"network": unbroken(shape), "unfolded ms": quotient(own, "unfolded")}
             columns = {
                 "ssl_fast folded": "folded, of its time",
                 "torch.fx fuse": "torch.fx",
@@ -138,8 +132,11 @@ def fold_block() -> str:
                 "ssl_fast folded, torch.compile": "folded, compiled",
                 "inductor freezing": "inductor freezing",
             }
-            line |= {title: own[provider]["ratio"] if provider in own else "" for provider, title in columns.items()}
-            line |= {"error, folded": own["ssl_fast folded"]["error"], "error, unfolded": own["unfolded"]["error"]}
+            for provider, title in columns.items():
+                row = own.get(provider, {"ms": "", "ratio": ""})
+                line[title] = row["ratio"] if row["ms"] or provider not in own else OUT_OF_MEMORY
+            errors = {"error, folded": "ssl_fast folded", "error, unfolded": "unfolded"}
+            line |= {title: own.get(provider, {}).get("error", "") for title, provider in errors.items()}
             found.append(line)
         return found
 
@@ -181,6 +178,15 @@ def lost_block() -> str:
 
 def time(row: dict[str, str]) -> float:
     return float(row["ms"])
+
+
+def quotient(own: dict[str, dict[str, str]], provider: str, other: str = "") -> float | str:
+    """The time of a provider, or over that of another; nothing where one has no row, as where it failed."""
+    rows = [own.get(name) for name in (provider, other) if name]
+    if not all(rows):
+        return ""
+    times = [time(row) for row in rows if row and row["ms"]]
+    return OUT_OF_MEMORY if len(times) < len(rows) else times[0] / (times[1] if other else 1.0)
 
 
 def images_a_second(row: dict[str, str]) -> float | str:

@@ -38,7 +38,7 @@ def bench(*ops: str, device: str | None = None, quick: bool = False) -> dict[str
     Raises:
         ValueError: for an op without a bench, or a device that is not there.
         FileNotFoundError: in an installed package, which has no benches.
-        ChildProcessError: where a bench failed; the others have run.
+        ChildProcessError: where a bench failed, or a provider in one; the others have run.
 
     Example:
         >>> from ssl_fast.bench import bench

@@ -4,6 +4,7 @@ import ast
 import csv
 import gzip
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -30,6 +31,7 @@ import ssl_fast
 from benches import (
     bench_accelerate,
     bench_info_nce,
+    bench_large_batch,
     bench_nt_xent,
     bench_simclr,
     common,
@@ -292,7 +294,7 @@ table.providers = [
     common.Provider("network", lambda: step(1), work=0.5, floor=common.PRODUCT),
     common.square_product(),
 ]
-print(json.dumps(common.measure(table, 0.0, quick=True)))
+print(json.dumps(common.measure(table, 0.0, quick=True)[0]))
 """
 
 
@@ -362,7 +364,7 @@ found = [common.Provider("plain", lambda: step(1), work=1.0, floor=common.PRODUC
          common.Provider(common.PRODUCT, lambda: step(1), work=1.0, floor=common.PRODUCT)]
 for p in found:
     p.build = too_much if p.name == lacking else p.build
-print(json.dumps(common.measure(common.Table("op", "shape", found, flop=1e9), 0.0, quick=True)))
+print(json.dumps(common.measure(common.Table("op", "shape", found, flop=1e9), 0.0, quick=True)[0]))
 """
 
 
@@ -391,14 +393,18 @@ def test_the_truth_of_nt_xent_is_dense():
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from benches import common
 
 def setup(name):
     def build():
         if name == "killed":
             os.kill(os.getppid(), signal.SIGKILL)  # of the case's process: this is a fork for the memory
-        assert name != "wrong"
+        if name == "wrong":
+            os._exit(3)
+        if name == "stopped":
+            os.killpg(0, signal.SIGINT)  # as Ctrl-C does
+            time.sleep(60)
         return lambda: None
     return common.Table("op", name, [common.Provider("ours", build)])
 
@@ -406,18 +412,104 @@ common.ROOT = common.Path(sys.argv.pop())
 common.QUICK_RESULTS, common.RESULTS = (common.ROOT / name for name in ("rows.csv", "tracked.csv"))
 sys.argv.append("--quick")
 sys.modules["__main__"].__spec__ = common.__spec__
-common.main("About.", lambda quick: [("killed",), ("wrong",), ("good",)], setup)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background ignores
+cases = [(name,) for name in sys.argv.pop(1).split()]
+common.main("About.", lambda quick: cases, setup)
 """
+
+
+def run_killed(cases, folder):
+    command = [sys.executable, "-c", KILLED, cases, str(folder)]
+    options = {"cwd": ROOT, "env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}, "start_new_session": True}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_ctrl_c_keeps_the_rows_so_far(tmp_path):
+    """And is no failure of a provider."""
+    found = run_killed("good stopped other", tmp_path)
+    assert found.returncode == -signal.SIGINT and "without rows" not in found.stderr
+    assert [row["shape"] for row in csv.DictReader((tmp_path / "rows.csv").open())] == ["good"]
 
 
 def test_a_case_whose_process_ends_is_said_and_the_others_go_on(tmp_path):
     """As where the system takes back the memory of one."""
-    command, environment = [sys.executable, "-c", KILLED, str(tmp_path)], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    found = run_killed("killed wrong good", tmp_path)
     assert found.returncode == 1 and "without rows: op, killed, allocator default; op, wrong" in found.stderr
     assert "op, killed, allocator default: signal 9 ended it" in found.stderr
-    assert "op, wrong, allocator default: failed, as shown above" in found.stderr
+    assert "op, wrong, allocator default, ours, float32: failed, as shown above" in found.stderr
     assert [row["shape"] for row in csv.DictReader((tmp_path / "rows.csv").open())] == ["good"]
+
+
+BROKEN = """
+import signal, sys
+from benches import common
+
+def setup(lacking, when):
+    def broken(name):
+        def fail(at):
+            if (name, at) == (lacking, when):
+                raise NotImplementedError("no kernel\\nof float32")
+        def build():
+            calls = iter("call call later later later later".split())
+            def step():
+                fail(next(calls, "late"))
+            fail("build")
+            fail("compile")
+            return step
+        def error():
+            fail("error")
+            return 1e-7
+        return common.Provider(name, build, work=1.0, error=error, compiled=when == "compile")
+    providers = [broken(name) for name in ("copy_", "theirs", "ours")]
+    return common.Table("op", f"{lacking} {when}", providers, bytes=1e6)
+
+common.ROOT = common.Path(sys.argv.pop())
+common.QUICK_RESULTS, common.RESULTS = (common.ROOT / name for name in ("rows.csv", "tracked.csv"))
+sys.argv.append("--quick")
+sys.modules["__main__"].__spec__ = common.__spec__
+cases = [(name, when) for when in sys.argv.pop(1).split() for name in ("copy_", "theirs")]
+common.main("About.", lambda quick: cases, setup)
+"""
+
+
+def test_a_provider_that_fails_has_no_row_and_the_others_do(tmp_path):
+    """Wherever it fails; a ratio to it is empty."""
+    moments = ("build", "compile", "call", "later", "error")
+    command = [sys.executable, "-c", BROKEN, " ".join(moments), str(tmp_path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    said = found.stderr.splitlines()
+    for lacking, when in itertools.product(("copy_", "theirs"), moments):
+        own = {row["provider"]: row for row in rows if row["shape"] == f"{lacking} {when}"}
+        assert own.keys() == {"copy_", "theirs", "ours"} - {lacking}, (lacking, when)
+        assert all(row["ms"] and row["error"] and row["to"] == "copy_" for row in own.values())
+        assert {bool(row["ratio"] and row["x_floor"]) for row in own.values()} == {lacking != "copy_"}
+        name = f"op, {lacking} {when}, allocator default, {lacking}, float32"
+        assert said.count(f"{name}: NotImplementedError: no kernel of float32") == 1
+        assert name in said[-1]
+    assert found.returncode == 1 and len(said) == 11 and said[-1].startswith("without rows: ")
+
+
+def test_large_batches_go_on_where_a_provider_fails(monkeypatch, capsys):
+    """One that a signal ends has run out of memory; without the first row there are no ratios."""
+    ends = {"plain PyTorch": ChildProcessError(), "our loss": ChildProcessError(9, "ended by a signal")}
+
+    def apart(work, module, words):
+        if end := ends.get(json.loads(words[1])[0]):
+            raise end
+        return {"ms": 1.0, "extra_mb": 2.0}
+
+    saved = []
+    monkeypatch.setattr(common, "apart", apart)
+    monkeypatch.setattr(common, "save", lambda rows, quick: saved.extend(rows))
+    failed = bench_large_batch.steps((64,), "1GiB", 64, 0.0, True, set())
+    assert len(failed) == 1 and failed[0].startswith("large_batch, ") and failed[0].endswith(", plain PyTorch")
+    assert f"{failed[0]}: failed, as shown above" in capsys.readouterr().err
+    assert [(row["provider"], row.get("ms")) for row in saved] == [
+        ("our loss", None), ("our loss, accelerate", 1.0), ("cached step", 1.0)
+    ]  # fmt: skip
+    assert not any("ratio" in row for row in saved)
 
 
 def test_a_gpus_memory_is_given_back_before_the_next_provider(monkeypatch):
@@ -468,7 +560,7 @@ def test_short_kernels_do_not_wait_for_their_launches(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(common, "_take_workspaces", lambda: None)
     monkeypatch.setattr(common, "_empty_l2", lambda: gpu.launch(0.005, 0.1))
-    monkeypatch.setattr(common, "extra_memory", lambda step: step())
+    monkeypatch.setattr(common, "extra_memory", lambda step: float(bool(step())))
     monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: gpu.host / 1e3))
 
     def kernels(count):
@@ -476,12 +568,12 @@ def test_short_kernels_do_not_wait_for_their_launches(monkeypatch):
 
     table = common.Table("op", "shape", bytes=1e6)
     table.providers = [common.Provider("copy_", kernels(1), work=1.0), common.Provider("ours", kernels(40), work=40.0)]
-    floor, ours = common.measure(table, 0.03)
+    (floor, ours), _ = common.measure(table, 0.03)
     assert ours["ms"] == pytest.approx(0.4)
     assert ours["ratio"] == pytest.approx(40) and ours["x_floor"] == pytest.approx(1)
     assert ours["ms_call"] == pytest.approx(0.405) and floor["ms_call"] == pytest.approx(0.015)
     launched = [common.Provider("launches", lambda: lambda: [gpu.launch(0.02, 0.01) for _ in range(40)])]
-    (row,) = common.measure(common.Table("op", "shape", launched), 0.03)
+    (row,), _ = common.measure(common.Table("op", "shape", launched), 0.03)
     assert row["ms"] == pytest.approx(0.4) and row["ms_call"] == pytest.approx(0.81)
 
 
@@ -1002,22 +1094,29 @@ def test_pages_leave_out_the_floors_of_whole_steps(monkeypatch, tmp_path):
 @pytest.mark.parametrize("op", ["simclr", "simclr loss", "moco", "batch_norm", "layer_norm", "conv_bn", "nt_xent",
                                 "two_views", "two_views step", "large_batch", "ema"])  # fmt: skip
 def test_pages_show_what_ran_out_of_memory(op, monkeypatch, tmp_path):
-    """Each provider of an op in turn, at all of its shapes."""
+    """Each provider of an op in turn, at all of its shapes; and one that failed has no row there, and no such word."""
     rows = list(csv.DictReader(common.RESULTS.open()))
     measured = ("ms", "ms_p20", "ms_p80", "ratio", "x_floor", "tflops", "gb_per_s", "data_wait", "extra_mb", "error")
     readme = plot.README.read_text()
     monkeypatch.setattr(common, "RESULTS", tmp_path / "rows.csv")
-    for provider in dict.fromkeys(row["provider"] for row in rows if row["op"] == op):
+    monkeypatch.setattr(plot, "draw_axes", lambda path: None)  # which is of no rows, and takes seconds
+    on_no_page = {*plot.FLOORS, "ssl_fast, forward alone"}
+
+    def shown(rows):
         with common.RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+            writer = csv.DictWriter(file, common.COLUMNS)
             writer.writeheader()
-            for row in rows:
-                lost = (row["op"], row["provider"]) == (op, provider)
-                writer.writerow(row | dict.fromkeys(measured, "") if lost else row)
-        page = plot.updated(readme)
-        shown = plot.place_block() + plot.large_block() + page
-        assert op.startswith("simclr ") or provider in plot.FLOORS or plot.OUT_OF_MEMORY in shown, provider
+            writer.writerows(rows)
+        return plot.place_block() + plot.large_block() + plot.updated(readme)
+
+    ends = shown(rows).count(plot.OUT_OF_MEMORY)
+    for provider in dict.fromkeys(row["provider"] for row in rows if row["op"] == op):
+        others = [row for row in rows if (row["op"], row["provider"]) != (op, provider)]
+        page = shown(row if row in others else row | dict.fromkeys(measured, "") for row in rows)
         plot.draw(tmp_path)
+        told = page.count(plot.OUT_OF_MEMORY) > ends
+        assert told or op.startswith("simclr ") or provider in on_no_page, provider
+        assert shown(others).count(plot.OUT_OF_MEMORY) <= ends, provider
 
 
 @pytest.mark.parametrize("whole", [False, True])
