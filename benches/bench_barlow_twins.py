@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -46,7 +45,7 @@ def by_rows(z_a: Tensor, z_b: Tensor) -> Tensor:
 def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """The providers, by name."""
     found = {"ssl_fast": ssl_fast.BarlowTwinsLoss(), "dense PyTorch": dense, "torch.compile": torch.compile(dense)}
-    with contextlib.suppress(ImportError):
+    with common.peer("lightly"):
         from lightly.loss import BarlowTwinsLoss
 
         found["lightly"] = BarlowTwinsLoss()

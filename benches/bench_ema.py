@@ -9,8 +9,6 @@ at a sixteenth of its width.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -107,10 +105,8 @@ def lightly_names(targets: Tensors, sources: Tensors) -> tuple[Step, Tensors]:
     return lambda: ssl_fast.update_momentum(model, average, MOMENTUM), list(average)
 
 
-def ema_pytorch(targets: Tensors, sources: Tensors) -> tuple[Step, Tensors]:
-    """ema-pytorch's class past its first two steps, which copy."""
-    from ema_pytorch import EMA
-
+def of_ema_pytorch(EMA: Any, targets: Tensors, sources: Tensors) -> tuple[Step, Tensors]:
+    """ema-pytorch's class in its faster way, with the same momentum at every step, past its first two, which copy."""
     average, model = (nn.ParameterList(nn.Parameter(t) for t in side) for side in (targets, sources))
     kept = {"beta": MOMENTUM, "min_value": MOMENTUM, "update_after_step": 0, "update_every": 1, "use_foreach": True}
     averaged = EMA(model, average, **kept)
@@ -153,12 +149,14 @@ def updates(dtype: str) -> dict[str, Callable[[Tensors, Tensors], tuple[Step, Te
         steps["ssl_fast EMA, stochastic"] = partial(of_modules, rounded)
     else:
         steps |= {"ssl_fast EMA": average, "ssl_fast update_momentum": lightly_names}
-    with contextlib.suppress(ImportError):
+    with common.peer("timm"):
         from timm.utils import ModelEmaV3
 
         steps["timm ModelEmaV3"] = partial(of_modules, partial(ModelEmaV3, decay=MOMENTUM))
-    if importlib.util.find_spec("ema_pytorch"):
-        steps["ema-pytorch"] = ema_pytorch
+    with common.peer("ema-pytorch"):
+        from ema_pytorch import EMA
+
+        steps["ema-pytorch"] = partial(of_ema_pytorch, EMA)
     return steps
 
 

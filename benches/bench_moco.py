@@ -13,7 +13,6 @@ trace and a picture of one step of ours instead.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from functools import cache, partial
 
@@ -145,7 +144,7 @@ def setup(N: int, K: int, size: int) -> Table:
         return common.relative_error(losses[:1], losses[1:])
 
     names = [PLAIN, OURS]
-    with contextlib.suppress(ImportError):
+    with common.peer("lightly"):
         import lightly.loss  # noqa: F401
 
         names.append(LIGHTLY)

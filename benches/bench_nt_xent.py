@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 
@@ -62,12 +61,12 @@ def losses(N: int, D: int) -> dict[str, Loss]:
     found: dict[str, Loss] = {"ssl_fast": ssl_fast.NTXentLoss(TEMPERATURE), "dense PyTorch": dense}
     if N <= 4096:  # beyond, what it takes is not asked for beforehand
         found["torch.compile"] = torch.compile(dense)
-    with contextlib.suppress(ImportError):
+    with common.peer("lightly"):
         from lightly.loss import NTXentLoss
 
         found["lightly"] = NTXentLoss(TEMPERATURE)
     if (N, D) == PEER_SHAPE:
-        with contextlib.suppress(ImportError):
+        with common.peer("pytorch-metric-learning"):
             from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
 
             found["pytorch-metric-learning"] = SelfSupervisedLoss(NTXentLoss(TEMPERATURE))

@@ -14,7 +14,6 @@ a trace and a picture of one step of ours instead.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from functools import cache, partial
@@ -95,7 +94,7 @@ def libraries(pixels: int) -> dict[str, Callable[[], tuple[Callable[[Tensor], Vi
         return partial(two_views, torchvision_steps(POLICIES["simclr_small"], pixels)), dense, naive_average
 
     found = {PLAIN: plain, OURS: ours}
-    with contextlib.suppress(ImportError):
+    with common.peer("lightly"):
         import lightly.loss  # noqa: F401
 
         found["lightly"] = theirs

@@ -58,6 +58,7 @@ BARS = 12  # of a profile
 COPY, PRODUCT = "copy_", "mm(out=)"  # the two floors
 SIDE = 4096 if DEVICE == "cuda" else 1024  # of a product that runs at full speed
 SQUARE = 2.0 * SIDE**3  # its flop
+ABSENT: dict[str, Exception] = {}  # why a peer has no rows
 LARGEST_PRODUCT = 1 << 30  # bytes of a floor's output: the floor is there for batches that no matrix of all pairs is
 
 Row = dict[str, Any]
@@ -99,6 +100,15 @@ class Table:
     providers: list[Provider] = field(default_factory=list)
     flop: float = 0.0
     bytes: float = 0.0
+
+
+@contextlib.contextmanager
+def peer(name: str) -> Iterator[None]:
+    """What imports a peer. Where that fails, the others go on, and `main` says so."""
+    try:
+        yield
+    except Exception as error:  # of one that goes with another torch, it may be any
+        ABSENT[name] = error.with_traceback(None)
 
 
 def copy_of(x: Callable[[], Tensor], dtype: str = "float32") -> Provider:
@@ -484,6 +494,7 @@ def main(
     module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
     rows: list[Row] = []
     failed: list[str] = []
+    absent: set[str] = set()
     print(f"{(about or '').splitlines()[0]}\n{device_name()}, {torch.get_num_threads()} threads", flush=True)
     for case in cases(arguments.quick):
         given = json.dumps(case)
@@ -491,6 +502,9 @@ def main(
             continue
         for allocator in ("default",) if arguments.quick or DEVICE == "cuda" else allocators:
             table = setup(*case)  # what it imports is there for the next case
+            for name in ABSENT.keys() - absent:
+                print(f"{name} has no rows: {in_a_line(ABSENT[name])}", file=sys.stderr, flush=True)
+            absent |= ABSENT.keys()
             if arguments.resume and saved(table, allocator, arguments.quick):
                 continue
             work = functools.partial(measure, table, seconds, allocator, arguments.quick)
@@ -500,6 +514,7 @@ def main(
                 show(measured)
                 rows += measured
                 save(rows, arguments.quick)  # after each table: what an interruption leaves is kept
+    failed += [name for name, error in ABSENT.items() if not isinstance(error, ImportError)]
     if failed:
         sys.exit(f"without rows: {'; '.join(failed)}")
 

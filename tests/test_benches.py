@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ssl_fast
 from benches import (
     bench_accelerate,
+    bench_ema,
     bench_info_nce,
     bench_large_batch,
     bench_nt_xent,
@@ -1006,10 +1007,59 @@ def test_blockwise_peers_are_offered_on_a_gpu_alone(monkeypatch):
 
 
 def test_ema_pytorch_averages_as_ours_does():
-    pytest.importorskip("ema_pytorch")
-    table = common.setups()["ema"].setup("tiny", 1, "float32")
-    (peer,) = (provider for provider in table.providers if provider.name == "ema-pytorch")
-    assert peer.error() < 1e-6
+    """The tensors that it is given, at every step."""
+    EMA = pytest.importorskip("ema_pytorch").EMA
+    targets, sources = ([torch.randn(3, 2), torch.randn(5)] for _ in range(2))
+    exact = [(t.double(), s.double()) for t, s in zip(targets, sources, strict=True)]
+    step, updated = bench_ema.of_ema_pytorch(EMA, targets, sources)
+    for count in range(1, 13):
+        step()
+        kept = bench_ema.MOMENTUM**count
+        for found, given, source, (t, s) in zip(updated, targets, sources, exact, strict=True):
+            assert found.data_ptr() == given.data_ptr() and torch.equal(source.double(), s)
+            torch.testing.assert_close(given, (kept * t + (1 - kept) * s).float())
+    for dtype in ("float32", "bfloat16"):
+        (provider,) = (p for p in bench_ema.setup("tiny", 1, dtype).providers if p.name == "ema-pytorch")
+        assert provider.error() < (1e-6 if dtype == "float32" else 4e-3)
+
+
+def test_a_peer_that_is_not_installed_has_no_provider(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ema_pytorch", None)
+    monkeypatch.setattr(common, "ABSENT", {})
+    names = [provider.name for provider in bench_ema.setup("tiny", 1, "float32").providers]
+    assert "ema-pytorch" not in names and "ssl_fast EMA" in names
+    assert isinstance(common.ABSENT["ema-pytorch"], ImportError)
+
+
+PEERLESS = """
+import sys
+from benches import common
+
+def setup(shape):
+    with common.peer("absent"):
+        import no_such_module
+    with common.peer("of another torch"):
+        raise AttributeError("no such operator")
+    return common.Table("op", shape, [common.Provider("ours", lambda: lambda: None)])
+
+common.ROOT = common.Path(sys.argv.pop())
+common.QUICK_RESULTS, common.RESULTS = (common.ROOT / name for name in ("rows.csv", "tracked.csv"))
+sys.argv.append("--quick")
+sys.modules["__main__"].__spec__ = common.__spec__
+common.main("About.", lambda quick: [("one",), ("two",)], setup)
+"""
+
+
+def test_peers_without_rows_are_said_once(tmp_path):
+    """One that is not installed is no failure; one that is, and does not work, is."""
+    command, environment = [sys.executable, "-c", PEERLESS, str(tmp_path)], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    assert [row["shape"] for row in csv.DictReader((tmp_path / "rows.csv").open())] == ["one", "two"]
+    assert sorted(found.stderr.splitlines()[:-1]) == [
+        "absent has no rows: ModuleNotFoundError: No module named 'no_such_module'",
+        "of another torch has no rows: AttributeError: no such operator",
+    ]
+    assert found.stderr.splitlines()[-1] == "without rows: of another torch" and found.returncode == 1
 
 
 # ---- the README
