@@ -1,4 +1,4 @@
-"""EMA of ResNet-50's parameters, and of many tiny tensors, against plain PyTorch, timm, and a copy of as many bytes.
+"""EMA of ResNet-50's parameters, and of many tiny tensors, against PyTorch, timm, ema-pytorch and a copy of the bytes.
 
 "ssl_fast EMA" and "timm ModelEmaV3" are the classes, with their walk over the module. In bf16 timm rounds
 stochastically, as ours does when told to; otherwise ours keeps fp32 masters, 12 bytes a parameter instead of 6.
