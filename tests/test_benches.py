@@ -687,14 +687,15 @@ def test_a_part_ends_within_its_minutes(part, into_the_last, monkeypatch, tmp_pa
 
 
 def test_a_part_leaves_at_most_eight_files(tmp_path):
-    """Its state, its log and the summary; the rows; and what the steps write that are told where."""
+    """Its state and its log, the summary, the Makefile's word of the machine, the rows; and what those steps write that
+    are told where."""
     for part in evidence.PARTS:
         steps = evidence.steps_of(part, tmp_path)
         told = sorted(name for name, command in steps.items() if str(tmp_path) in command)
         expected = {"train": ["profile of moco", "profile of simclr"], "bench": ["accelerate"]}
         assert told == expected.get(part, [])
     files_of_a_profile, files_of_curves = 2, len(bench_accelerate.MODELS)
-    assert 3 + max(2 * files_of_a_profile, 1 + files_of_curves) <= 8
+    assert 4 + max(2 * files_of_a_profile, 1 + files_of_curves) <= 8
 
 
 @pytest.mark.parametrize("statuses, status", [([0, 0, 0, 0], 0), ([1, 0, 0, 0], 1), ([1, 0, evidence.MORE, 0], 75)])
@@ -1294,10 +1295,35 @@ def test_pictures_come_out_the_same(tmp_path):
 
 
 def test_every_provider_can_be_timed_by_pytest():
-    """`pytest benches/` lists them; `make test` does not collect them."""
+    """`pytest benches/` lists them, each by a name of its own; `make test` does not collect them."""
+    from benches.test_benches import providers
+
     assert "benches" not in (ROOT / "pyproject.toml").read_text().split("testpaths")[1].splitlines()[0]
-    assert {"moco", "two_views", "knn", "ema"} < common.setups().keys()
-    assert len(common.setups()["moco"].setup(*common.setups()["moco"].cases(True)[0]).providers) >= 2
+    names = [parameters.id for parameters in providers()]
+    tables = [module.setup(*case) for module in common.setups().values() for case in module.cases(True)]
+    assert len(set(names)) == len(names) == sum(len(table.providers) for table in tables)
+
+
+@pytest.mark.parametrize(
+    "device, status, said",
+    [("cpu", 0, "test_bench[knn-"), ("tpu", 4, "device: got 'tpu', allowed here: cpu")],
+)
+def test_pytest_takes_a_device(device, status, said):
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "benches/", "-k", "knn", "--device", device]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode == status and said in found.stdout + found.stderr
+
+
+def test_pytest_leaves_a_gpu_alone(monkeypatch):
+    from benches.conftest import pytest_configure
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] != "")
+    for device, visible in ((None, "0"), ("cuda", "0"), ("cpu", "")):
+        pytest_configure(SimpleNamespace(getoption=lambda name, device=device: device))
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+    with pytest.raises(pytest.UsageError, match="device: got 'cuda', allowed here: cpu;"):
+        pytest_configure(SimpleNamespace(getoption=lambda name: "cuda"))
 
 
 def test_pytest_waits_for_the_device(monkeypatch):
