@@ -17,6 +17,7 @@ from benches.common import DEVICE, Step, Table
 from benches.norms import Given, norm_table
 from ssl_fast.functional import batch_norm
 from ssl_fast.ops import batch_norm as ops
+from ssl_fast.ops._norms import RELU
 
 # ResNet-50 at 224 pixels, its third stage at two batches (the smaller fits a cache), and SimCLR's projector.
 SHAPES = [(64, 64, 56, 56), (64, 256, 56, 56), (64, 512, 28, 28), (64, 2048, 7, 7), (64, 256, 14, 14),
@@ -61,7 +62,7 @@ def kernels(*given: Tensor | None) -> dict[str, Step]:
     """The operators by themselves."""
     x, residual, weight, bias, mean, var = (t if t is None else t.detach() for t in given)
     dy = torch.randn_like(x)
-    relu, keep = ops.RELU, residual is not None
+    relu, keep = RELU, residual is not None
 
     def forward() -> tuple[Tensor, ...]:
         return ops.batch_norm_fwd(

@@ -16,6 +16,7 @@ from benches.common import DEVICE, Step, Table
 from benches.norms import Given, norm_table
 from ssl_fast.functional import instance_norm
 from ssl_fast.ops import batch_norm as ops
+from ssl_fast.ops._norms import IDENTITY
 
 SHAPES = ["32x64x128x128", "2x32x64x64x64"]  # a generator's, a U-Net's for volumes
 QUICK = [("8x16x14x14", "float32", "contiguous", True), ("8x16x14x14", "bfloat16", "channels_last", False)]
@@ -55,13 +56,13 @@ def kernels(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Step]:
 
     def forward() -> tuple[Tensor, ...]:
         return ops.batch_norm_fwd(
-            x, None, weight, bias, None, None, None, None, True, 0.1, 1e-5, len(x), ops.IDENTITY, False
+            x, None, weight, bias, None, None, None, None, True, 0.1, 1e-5, len(x), IDENTITY, False
         )  # fmt: skip
 
     stats = forward()[1]
 
     def backward() -> tuple[Tensor, ...]:
-        return ops.batch_norm_bwd(dy, x, None, None, weight, None, stats, None, True, ops.IDENTITY, True, False)
+        return ops.batch_norm_bwd(dy, x, None, None, weight, None, stats, None, True, IDENTITY, True, False)
 
     return {"forward": forward, "backward": backward, "both": lambda: (forward(), backward())}
 

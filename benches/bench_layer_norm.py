@@ -17,6 +17,7 @@ from benches.common import DEVICE, Step, Table
 from benches.norms import Given, Norm, norm_table
 from ssl_fast.functional import layer_norm
 from ssl_fast.ops import layer_norm as ops
+from ssl_fast.ops._norms import IDENTITY
 
 # ViT-B and ViT-S at 64 images of 224 pixels, one image of ViT-L, and ConvNeXt-T's first stage.
 SHAPES = [(12608, 768), (12608, 384), (197, 1024), (64, 96, 56, 56)]
@@ -85,13 +86,13 @@ def kernels(*given: Tensor) -> dict[str, Step]:
     width, channels = weight.numel(), x.dim() == 4
 
     def forward() -> tuple[Tensor, ...]:
-        return ops.layer_norm_fwd(x, None, weight, bias, width, channels, 1e-6, ops.IDENTITY)
+        return ops.layer_norm_fwd(x, None, weight, bias, width, channels, 1e-6, IDENTITY)
 
     stats = forward()[1]
 
     def backward() -> tuple[Tensor, ...]:
         flags = (True, False, True)
-        return ops.layer_norm_bwd(dy, x, None, weight, None, stats, width, channels, ops.IDENTITY, *flags)
+        return ops.layer_norm_bwd(dy, x, None, weight, None, stats, width, channels, IDENTITY, *flags)
 
     def both() -> None:
         forward()

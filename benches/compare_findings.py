@@ -120,12 +120,12 @@ def few_labels(kind: str, seed: int, out: Path, fraction: float, epochs: int) ->
     return {"accuracy": scores["finetune"]}
 
 
-def cell(values: list[float]) -> str:
-    """Mean and standard deviation of accuracies, in per cent."""
+def cell(values: list[float], factor: float = 100) -> str:
+    """Mean and standard deviation; of accuracies in per cent."""
     if not values:
         return ""
-    spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{round(100 * statistics.mean(values), 2) + 0.0:.2f}{spread}"  # -0.0 + 0.0 is 0.0
+    spread = f" ± {factor * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{round(factor * statistics.mean(values), 2) + 0.0:.2f}{spread}"  # -0.0 + 0.0 is 0.0
 
 
 def summary(rows: list[Row], names: dict[str, str], columns: tuple[str, ...]) -> str:

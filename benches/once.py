@@ -21,6 +21,7 @@ from benches import common
 from benches.common import DEVICE
 from ssl_fast import ema_update_
 from ssl_fast.functional import barlow_twins, batch_norm, clip, info_nce, layer_norm, nt_xent, sup_con
+from ssl_fast.ops import _norms
 from ssl_fast.ops import batch_norm as batch_norm_ops
 
 # With the precision of fp32 products: in kernels they are TF32's, the others cuBLAS's.
@@ -69,8 +70,8 @@ def beyond_batch_norm(dtype: torch.dtype) -> None:
             batch_norm(x.clone(memory_format=torch.preserve_format), mean, var, weight, bias, inplace=True)
             stats = batch_norm_ops.batch_norm_stats(x, splits)
             operands = (y, x, None, None, weight, bias, stats)
-            means = batch_norm_ops.batch_norm_sums(*operands, batch_norm_ops.RELU)
-            batch_norm_ops.batch_norm_bwd(*operands, means, True, batch_norm_ops.RELU, True, False)
+            means = batch_norm_ops.batch_norm_sums(*operands, _norms.RELU)
+            batch_norm_ops.batch_norm_bwd(*operands, means, True, _norms.RELU, True, False)
 
 
 def beyond_layer_norm(dtype: torch.dtype) -> None:

@@ -445,10 +445,10 @@ def draw_axes(path: Path) -> None:
 
     everything, one = slice(None), slice(0, 1)
     sets = {
-        "batch norm\na channel": (everything, one, everything),
-        "layer norm, of a token or pixel\nLayerNorm, LayerNorm2d": (one, everything, one),
-        "layer norm, of an image\nGroupNorm(1)": (one, everything, everything),
-        "instance norm\na channel of an image": (one, one, everything),
+        "batch norm\nover N, H, W: BatchNorm2d": (everything, one, everything),
+        "layer norm of a token or pixel\nover C: LayerNorm, LayerNorm2d": (one, everything, one),
+        "layer norm of an image\nover C, H, W: GroupNorm(1, C)": (one, everything, everything),
+        "instance norm\nover H, W: InstanceNorm2d": (one, one, everything),
     }
     images, channels, positions = 4, 5, 6
     figure = plt.figure(figsize=(13, 3.9))

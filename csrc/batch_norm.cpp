@@ -19,6 +19,7 @@
 namespace ssl_fast::batch_norm {
 namespace {
 
+#define SSL_FAST_WRITES_BF16
 #define SSL_FAST_KERNELS "batch_norm_kernel.h"
 #include "instruction_sets.h"
 
@@ -61,6 +62,12 @@ void fence() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
+}
+
+// Sets of statistics; `num_splits` of 0: one for each image.
+int64_t splits_of(const Tensor& x, const Optional& stats, bool training, int64_t num_splits) {
+  if (stats) return stats->size(1);
+  return !training ? 1 : num_splits ? num_splits : std::max<int64_t>(x.size(0), 1);
 }
 
 // A tensor, and how it is cut into blocks.
@@ -365,16 +372,13 @@ Tensor forward(Task& p, void* out, const Optional& residual, const Optional& wei
   return stats;
 }
 
-int64_t splits_of(const Optional& stats, bool training, int64_t num_splits) {
-  return stats ? stats->size(1) : training ? num_splits : 1;
-}
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor& x, const Optional& residual, const Optional& weight,
                                                   const Optional& bias, const Optional& running_mean,
                                                   const Optional& running_var, const Optional& num_batches_tracked,
                                                   const Optional& stats, bool training, std::optional<double> momentum,
                                                   double eps, int64_t num_splits, int64_t activation, bool keep_mask) {
-  Task p(x, splits_of(stats, training, num_splits), activation);
+  Task p(x, splits_of(x, stats, training, num_splits), activation);
   Tensor y = output_like(x);
   Tensor mask = empty({keep_mask ? p.mask_bytes() : 0}, aoti_torch_dtype_uint8());
   p.choose_stream({y.data_ptr()});
@@ -387,13 +391,13 @@ void batch_norm_inplace(Tensor x, const Optional& residual, const Optional& weig
                         const Optional& running_mean, const Optional& running_var, const Optional& num_batches_tracked,
                         const Optional& stats, bool training, std::optional<double> momentum, double eps,
                         int64_t num_splits, int64_t activation) {
-  Task p(x, splits_of(stats, training, num_splits), activation);
+  Task p(x, splits_of(x, stats, training, num_splits), activation);
   forward(p, x.data_ptr(), residual, weight, bias, {running_mean, running_var, num_batches_tracked, momentum}, stats,
           training, eps, nullptr);
 }
 
 Tensor batch_norm_stats(const Tensor& x, int64_t num_splits) {
-  const Task p(x, num_splits, kIdentity);
+  const Task p(x, splits_of(x, {}, true, num_splits), kIdentity);
   const Pair sums(p);
   p.sum_blocks(sums.first, sums.second, moments_of);
   Tensor stats = empty({3, p.splits, p.features});

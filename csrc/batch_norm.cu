@@ -1,8 +1,8 @@
 // Batch norm on CUDA: the launches of csrc/batch_norm_cuda.h, and which of them a tensor gets.
 //
 // Bytes, A being those of x: where x fits into the shared memory of the chip, or a block of threads has all of its channels'
-// numbers (an instance norm), 2 A forward (x, y) and 3 A backward (dy, x, dx); else 3 A and 5 A, less what the L2 cache still holds when the second launch starts. A residual adds A each way, a mask
-// A / 16 in 16 bits. Not yet measured.
+// numbers (an instance norm), 2 A forward (x, y) and 3 A backward (dy, x, dx); else 3 A and 5 A, less what the L2 cache
+// still holds when the second launch starts. A residual adds A each way, a mask A / 16 in 16 bits. Not yet measured.
 #include <torch/headeronly/macros/Macros.h>
 
 #include "mma.h"
@@ -215,15 +215,17 @@ Tensor run_forward(Call& call, const OptionalTensor& y, uint8_t* mask, const Opt
   return own;
 }
 
-int64_t splits_of(const OptionalTensor& stats, bool training, int64_t num_splits) {
-  return stats ? stats->size(1) : training ? num_splits : 1;
+// Sets of statistics; `num_splits` of 0: one for each image.
+int64_t splits_of(const Tensor& x, const OptionalTensor& stats, bool training, int64_t num_splits) {
+  if (stats) return stats->size(1);
+  return !training ? 1 : num_splits ? num_splits : std::max<int64_t>(x.size(0), 1);
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_fwd(
     Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, OptionalTensor running_mean,
     OptionalTensor running_var, OptionalTensor num_batches_tracked, OptionalTensor stats, bool training,
     std::optional<double> momentum, double eps, int64_t num_splits, int64_t activation, bool keep_mask) {
-  Call call("batch_norm_fwd", x, splits_of(stats, training, num_splits));
+  Call call("batch_norm_fwd", x, splits_of(x, stats, training, num_splits));
   const Tensor y = torch::stable::empty_like(x);
   const int64_t width = width_of(x), bytes = keep_mask && width ? x.numel() / width * ceil_div(width, 8) : 0;
   const Tensor mask = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
@@ -236,13 +238,13 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_fwd(
 void batch_norm_(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, OptionalTensor running_mean,
                  OptionalTensor running_var, OptionalTensor num_batches_tracked, OptionalTensor stats, bool training,
                  std::optional<double> momentum, double eps, int64_t num_splits, int64_t activation) {
-  Call call("batch_norm_", x, splits_of(stats, training, num_splits));
+  Call call("batch_norm_", x, splits_of(x, stats, training, num_splits));
   run_forward(call, x, nullptr, residual, weight, bias, running_mean, running_var, num_batches_tracked, stats, training,
               momentum, eps, activation);
 }
 
 Tensor batch_norm_stats(Tensor x, int64_t num_splits) {
-  Call call("batch_norm_stats", x, num_splits);
+  Call call("batch_norm_stats", x, splits_of(x, {}, true, num_splits));
   return run_forward(call, {}, nullptr, {}, {}, {}, {}, {}, {}, {}, true, 0.0, 0, kIdentity, true);
 }
 

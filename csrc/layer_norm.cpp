@@ -11,6 +11,7 @@
 namespace ssl_fast::layer_norm {
 namespace {
 
+#define SSL_FAST_WRITES_BF16
 #define SSL_FAST_KERNELS "layer_norm_kernel.h"
 #include "instruction_sets.h"
 

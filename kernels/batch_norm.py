@@ -523,6 +523,11 @@ def _width(x: Tensor) -> int:
     return x.shape[1] if _channels_innermost(x) else math.prod(x.shape[2:])
 
 
+def _splits_of(x: Tensor, num_splits: int) -> int:
+    """Sets of statistics of the batch; `num_splits` of 0: one for each image."""
+    return num_splits or max(x.shape[0], 1)
+
+
 class _Launch:
     """The cut of a dense x into programs, and the arguments that all kernels take it by."""
 
@@ -609,9 +614,9 @@ def _forward(
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         running_mean = running_var = x.new_zeros(C, dtype=torch.float32)
-        training, splits = False, num_splits
+        training, splits = False, _splits_of(x, num_splits)
     else:
-        splits = stats.shape[1] if stats is not None else num_splits if training else 1
+        splits = stats.shape[1] if stats is not None else _splits_of(x, num_splits) if training else 1
     weight, bias, stats, mean, var = _compact(weight, bias, stats, running_mean, running_var)
     launch = _Launch(x, splits, "batch_norm_fwd", lambda cut: _moments(cut, x, None))
     # A program that has all of a channel in its split sweeps twice at once, over what the cache then holds.
@@ -649,9 +654,10 @@ def batch_norm_(x: Tensor, *arguments: Any) -> None:
 
 @_on_its_device
 def batch_norm_stats(x: Tensor, num_splits: int) -> Tensor:
-    stats = x.new_zeros(3, num_splits, x.shape[1], dtype=torch.float32)
+    splits = _splits_of(x, num_splits)
+    stats = x.new_zeros(3, splits, x.shape[1], dtype=torch.float32)
     if x.numel():
-        launch = _Launch(x, num_splits, "batch_norm_fwd", lambda cut: _moments(cut, x, None))
+        launch = _Launch(x, splits, "batch_norm_fwd", lambda cut: _moments(cut, x, None))
         _stats_kernel[launch.merging](
             _moments(launch, x, None), stats, P=launch.parts, WIDTH=launch.width, **launch.sizes, **launch.constants
         )

@@ -231,13 +231,13 @@ def records(*tensors: Tensor | None) -> bool:
 
 
 def transforming() -> bool:
-    """Whether torch.func, forward-mode differentiation or an export to ONNX looks on: they follow a reference,
-    operation by operation, and know neither the operators nor an autograd.Function."""
+    """Whether torch.func, forward-mode differentiation, torch.jit.trace or an export to ONNX looks on: they follow a
+    reference, operation by operation, and know neither the operators nor an autograd.Function."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
     if _forward_ad._current_level >= 0 or _peek_interpreter_stack() is not None:
         return True
-    return torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export()  # dynamo=False
+    return torch._C._get_tracing_state() is not None
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ssl_fast._checks import check_flags
-from ssl_fast.ops.batch_norm import NEGATIVE_SLOPE, BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedNorm, _Fused
+from ssl_fast.ops._norms import NEGATIVE_SLOPE
+from ssl_fast.ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedNorm, _Fused
 from ssl_fast.ops.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from ssl_fast.ops.layer_norm import LayerNorm, LayerNorm2d
 from ssl_fast.sync_batch_norm import SyncBatchNorm

@@ -9,22 +9,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ssl_fast.ops._norms import BY_SIGN, IDENTITY, activate, dense, like
 from ssl_fast.ops.batch_norm import (
-    BY_SIGN,
-    IDENTITY,
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
-    _activate,
-    _check,
     _Fused,
     batch_norm_bwd,
     batch_norm_fwd,
     batch_norm_inplace,
     batch_norm_stats,
     batch_norm_sums,
-    dense,
-    like,
+    check,
+    check_momentum,
 )
 
 
@@ -151,12 +148,12 @@ def _sync_batch_norm(
     inplace: bool,
     group: Any,
 ) -> Tensor:
-    code = _check(x, running_mean, running_var, weight, bias, True, momentum, eps, activation, residual, 1,
-                  num_batches_tracked)  # fmt: skip
+    code = check(x, running_mean, running_var, weight, bias, True, eps, activation, residual)
+    check_momentum(momentum, num_batches_tracked, running_mean is not None or running_var is not None, x)
     if residual is not None and residual.dtype != x.dtype:  # type promotion needs a tensor of its own
         y = _sync_batch_norm(x, running_mean, running_var, weight, bias, num_batches_tracked, momentum, eps, None, None,
                              False, group)  # fmt: skip
-        return _activate(y + residual, code)
+        return activate(y + residual, code)
     there, x = x, dense(x)
     if residual is not None:
         residual = like(residual, x)
@@ -223,7 +220,7 @@ class SyncBatchNorm(_Fused, nn.SyncBatchNorm):
                          activation=activation, inplace=inplace)  # fmt: skip
         self.process_group = process_group
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         group = self._group()
         if group is None:
             return super().forward(input, residual, activation=activation)

@@ -700,7 +700,7 @@ sys.exit(not off < 1)
 
 
 @pytest.mark.skipif(ops.batch_norm_fwd.reason("native", "cpu", torch.float32) is not None, reason="no native library")
-@pytest.mark.parametrize("capability", ("portable", "avx2"))
+@pytest.mark.parametrize("capability", ("portable", "avx2", "avx512"))
 def test_lesser_instruction_sets(capability, monkeypatch):
     monkeypatch.setenv("SSL_FAST_CPU_CAPABILITY", capability)
     ran = subprocess.run([sys.executable, "-c", ISA], capture_output=True, text=True)
@@ -721,6 +721,17 @@ def test_bad_input_is_named():
         (ValueError, "activation: got 'tanh'", lambda: batch_norm(x, None, None, training=True, activation="tanh")),
         (ValueError, "residual: got shape", lambda: batch_norm(x, None, None, training=True, residual=ones)),
         (ValueError, "eps: got -1", lambda: batch_norm(x, None, None, training=True, eps=-1)),
+        (ValueError, "eps: got None", lambda: batch_norm(x, None, None, training=True, eps=None)),
+        (TypeError, "x: got ndarray", lambda: batch_norm(x.numpy(), None, None, training=True)),
+        (TypeError, "weight: got list", lambda: batch_norm(x, None, None, [1.0] * 3, training=True)),
+        (TypeError, "residual: got int", lambda: batch_norm(x, None, None, training=True, residual=1)),
+        (ValueError, r"activation: got \[", lambda: batch_norm(x, None, None, training=True, activation=["relu"])),
+        (
+            TypeError,
+            "num_batches_tracked: got int",
+            lambda: batch_norm(x, ones, ones, training=True, num_batches_tracked=1),
+        ),
+        (ValueError, "num_splits: got 0", lambda: batch_norm(x, None, None, training=True, num_splits=0)),
         (ValueError, "num_splits: got 3", lambda: batch_norm(x, None, None, training=True, num_splits=3)),
         (ValueError, "num_splits: got 0", lambda: ssl_fast.nn.BatchNorm2d(3, num_splits=0)),
         (ValueError, "momentum: got None", lambda: batch_norm(x, ones, ones, training=True, momentum=None)),
@@ -729,7 +740,7 @@ def test_bad_input_is_named():
             "num_batches_tracked: got torch.int32",
             lambda: batch_norm(x, ones, ones, training=True, num_batches_tracked=torch.tensor(0, dtype=torch.int32)),
         ),
-        (TypeError, "momentum: got str", lambda: batch_norm(x, ones, ones, training=True, momentum="a")),
+        (TypeError, "momentum: got 'a'", lambda: batch_norm(x, ones, ones, training=True, momentum="a")),
         (ValueError, "activation: got 'tanh'", lambda: ssl_fast.nn.BatchNorm2d(3, activation="tanh")),
     ):
         with pytest.raises(error_, match=match):

@@ -14,6 +14,7 @@ from common import assert_close
 from torch import Tensor
 
 from ssl_fast.ops import batch_norm as home
+from ssl_fast.ops._norms import ACTIVATIONS, BY_SIGN, LEAKY_RELU
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -120,9 +121,9 @@ def wide(*tensors):
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_code_on_the_host(library, case):
     shape, last, dtype, activation, residual, splits, mean, momentum, launch = case
-    host, code = Host(library, *launch), home.ACTIVATIONS[activation]
+    host, code = Host(library, *launch), ACTIVATIONS[activation]
     x, residual, dy, weight, bias, running_mean, running_var = make(shape, last, dtype, residual, mean)
-    keep_mask = residual is not None and code in home.BY_SIGN
+    keep_mask = residual is not None and code in BY_SIGN
     running, count = (running_mean, running_var.abs()), torch.tensor(2)
     truth_running, truth_count = wide(*running), count.clone()
     options = (None, True, momentum, 1e-3, splits, code, keep_mask)
@@ -154,7 +155,7 @@ def test_kernel_code_on_the_host(library, case):
     assert_close("y in eval", evaluated[0], expected[0], None, dtype)
     assert_close("statistics in eval", evaluated[1], expected[1], None, torch.float32)
 
-    saved = (residual if code > home.LEAKY_RELU else None, mask if keep_mask else None, weight, bias, stats)
+    saved = (residual if code > LEAKY_RELU else None, mask if keep_mask else None, weight, bias, stats)
     means = torch.randn(2, splits, shape[1])
     for case in ((None, True), (means, True), (None, False)):
         options = (*case, code, True, True)

@@ -39,6 +39,7 @@ from benches import (
     bench_simclr,
     common,
     compare_findings,
+    compare_norms,
     compare_steps,
     compare_views,
     evidence,
@@ -48,6 +49,8 @@ from benches import (
 from ssl_fast import bench as bench_module
 from ssl_fast import functional, nn
 from ssl_fast.cli import main
+from ssl_fast.data import load_data
+from ssl_fast.evaluate import knn_on
 from ssl_fast.optim import LARS, warmup_cosine
 from ssl_fast.run import read_rows
 
@@ -323,6 +326,75 @@ def test_views_of_torchvision_take_the_place_of_ours_in_training(tmp_path):
     text = compare_views.page(rows, "title")
     assert "| torchvision | " in text and "| seed 1 |" in text and "no larger than" in text
     assert "LARGER than" in compare_views.page([{**rows[0], "kNN": 0.1}, rows[1]], "title")
+
+
+@pytest.mark.parametrize("name", [name for name in compare_norms.NORMS if name != "none"])
+def test_a_norm_is_compared_over_the_axes_that_it_is_said_to_have(name):
+    norm = compare_norms.NORMS[name]
+    dims = [i for i, axis in enumerate("NCHW") if axis in norm.axes.split(", ")]
+    sizes = (6, 5, 4, 3)
+    # Means that differ along every axis: over fewer axes than it says, or more, the sets would not come out normal.
+    x = torch.randn(sizes) + sum(5 * torch.randn([n if i == j else 1 for j in range(4)]) for i, n in enumerate(sizes))
+    layer = norm.build(5)
+    y = layer(x.contiguous(memory_format=torch.channels_last)).detach()
+    expected = (x - x.mean(dims, keepdim=True)) * (x.var(dims, correction=0, keepdim=True) + layer.eps).rsqrt()
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
+    ours = type(layer).__module__.startswith("ssl_fast.")
+    assert ours == (name != "layer norm of an image") and type(layer).__name__ in norm.layer
+    assert sum(p.numel() for p in layer.parameters()) == 2 * 5
+
+
+def test_norms_are_compared_from_the_same_weights_and_with_the_untrained_network(tmp_path):
+    nets = {name: compare_norms.encoder(name, 1, 3) for name in compare_norms.NORMS}
+    convolutions = [[p for p in net.parameters() if p.dim() == 4] for net in nets.values()]
+    assert all(len(own) == 4 and all(map(torch.equal, own, convolutions[0])) for own in convolutions)
+
+    row = compare_norms.trained("layer norm of a pixel", 3, tmp_path, 1)
+    untrained = knn_on(nets["layer norm of a pixel"], load_data("digits"), torch.device("cpu"))["knn"]
+    assert row["untrained"] == pytest.approx(untrained) and row["seed"] == 3 and row["seconds"] > 0
+    logged = [line["loss"] for line in read_rows(next(tmp_path.glob("*/metrics.jsonl"))) if "loss" in line]
+    assert len(logged) == 5 and row["loss"] == pytest.approx(sum(logged) / 5)
+
+    rows = [{**row, "norm": name, "seed": seed, "kNN": seed / 4} for name in nets for seed in (2, 3)]
+    text = compare_norms.block(rows, compare_norms.measured(0.0), "title")
+    shown = f"{100 * untrained:.2f} ± 0.00 +[|] 62.50 ± 17.68"
+    for name, norm in compare_norms.NORMS.items():
+        assert re.search(rf"^[|] {name} +[|] {norm.axes} .* [|] {shown} .*\d +[|]$", text, re.MULTILINE)
+    kept = [float(line.split("|")[-2]) for line in text.splitlines() if "±" in line]
+    assert len(kept) == 5 and min(kept) == kept[-1] > 0  # without a norm
+    page = compare_norms.PAGE.read_text()
+    assert text in plot.with_blocks(page, {"compared": lambda: text})
+    assert all(f"| {norm.axes} |" in page for name, norm in compare_norms.NORMS.items() if name != "none")
+
+
+def test_norms_that_were_trained_are_kept(tmp_path, monkeypatch):
+    page, called, interrupted = tmp_path / "norms.md", [], {("instance norm", 1)}
+    page.write_text("before\n<!-- compared -->\nold\n<!-- /compared -->\nafter\n")
+
+    def trained(name, seed, out, epochs):
+        if (name, seed) in interrupted:
+            raise KeyboardInterrupt
+        called.append((name, seed))
+        return {"norm": name, "seed": seed, "loss": 5.0, "untrained": 0.5, "kNN": 0.75, "seconds": 2.0}
+
+    monkeypatch.setattr(compare_norms, "PAGE", page)
+    monkeypatch.setattr(compare_norms, "trained", trained)
+    steps = {name: {"ms a step": 1.5, "MB kept": 2.5} for name in compare_norms.NORMS}
+    monkeypatch.setattr(compare_norms, "measured", lambda seconds: steps)
+    monkeypatch.setattr(sys, "argv", ["compare_norms", f"out={tmp_path}"])
+    with pytest.raises(KeyboardInterrupt):
+        compare_norms.main()
+    assert len(called) == 8 and "old" in page.read_text()
+
+    interrupted.clear()
+    compare_norms.main()
+    assert len(called) == len(set(called)) == 15  # none a second time
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "seeds 0, 1, 2" in text
+
+    monkeypatch.setattr(sys, "argv", ["compare_norms", f"out={tmp_path}", "--quick"])
+    compare_norms.main()
+    assert page.read_text() == text and "seeds 0;" in (tmp_path / "1_epochs" / "norms.md").read_text()
 
 
 def test_a_table_is_measured(tmp_path):

@@ -390,6 +390,18 @@ def test_bad_input_is_named():
         (ValueError, "activation: got 'tanh'", lambda: ssl_fast.nn.InstanceNorm2d(3, activation="tanh")),
         (ValueError, "residual: got shape", lambda: instance_norm(x, residual=torch.ones(3))),
         (ValueError, "eps: got -1", lambda: instance_norm(x, eps=-1)),
+        (ValueError, "eps: got None", lambda: instance_norm(x, eps=None)),
+        (TypeError, "x: got list", lambda: instance_norm([[[1.0, 2.0]]])),
+        (TypeError, "bias: got list", lambda: instance_norm(x, bias=[1.0] * 3)),
+        (TypeError, "residual: got list", lambda: instance_norm(x, residual=[1.0])),
+        (TypeError, "residual: got list", lambda: ssl_fast.nn.InstanceNorm2d(3)(x[0], [1.0])),
+        (
+            ValueError,
+            r"residual: got shape \(3, 1, 1\).*\(3, 2, 2\)",
+            lambda: ssl_fast.nn.InstanceNorm2d(3)(x[0], torch.ones(3, 1, 1)),
+        ),
+        (TypeError, "momentum: got None, allowed: a number such as 0.1$", lambda: instance_norm(x, momentum=None)),
+        (ValueError, r"activation: got \[", lambda: instance_norm(x, activation=["relu"])),
     ):
         with pytest.raises(error_, match=match):
             call()

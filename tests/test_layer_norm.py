@@ -12,7 +12,6 @@ import pytest
 import torch
 from common import DEVICE, FLOOR, assert_close, backends, error
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.nn import functional as F
@@ -502,15 +501,6 @@ def test_compiles_whole_with_a_dynamic_batch(name):
         assert torch.equal(*(torch.autograd.grad(t.square().sum(), x)[0] for t in (y, expected)))
 
 
-@pytest.mark.parametrize("name", ["LayerNorm", "LayerNorm2d"])
-def test_one_graph_serves_every_batch(name):
-    graphs = CompileCounterWithBackend("eager")
-    compiled = torch.compile(getattr(ssl_fast.nn, name)(6).to(DEVICE), fullgraph=True, dynamic=True, backend=graphs)
-    for n in (4, 7, 9):
-        compiled(random((n, 5, 6) if name == "LayerNorm" else (n, 6, 5)))
-    assert graphs.frame_count == 1
-
-
 # ---- instruction sets
 
 ISA = """
@@ -538,7 +528,7 @@ sys.exit(not off < 1)
 
 
 @pytest.mark.skipif(ops.layer_norm_fwd.reason("native", "cpu", torch.float32) is not None, reason="no native library")
-@pytest.mark.parametrize("capability", ("portable", "avx2"))
+@pytest.mark.parametrize("capability", ("portable", "avx2", "avx512"))
 def test_lesser_instruction_sets(capability, monkeypatch):
     monkeypatch.setenv("SSL_FAST_CPU_CAPABILITY", capability)
     ran = subprocess.run([sys.executable, "-c", ISA], capture_output=True, text=True)
@@ -564,6 +554,15 @@ def test_bad_input_is_named():
         (ValueError, "activation: got 'tanh'", lambda: layer_norm(x, 2, activation="tanh")),
         (ValueError, "activation: got 'tanh'", lambda: ssl_fast.nn.LayerNorm(2, activation="tanh")),
         (ValueError, "eps: got -1", lambda: layer_norm(x, 2, eps=-1)),
+        (ValueError, "eps: got None", lambda: layer_norm(x, 2, eps=None)),
+        (ValueError, "eps: got 'x'", lambda: layer_norm(x, 2, eps="x")),
+        (TypeError, "x: got list", lambda: layer_norm([[1.0, 2.0]], 2)),
+        (TypeError, "weight: got list", lambda: layer_norm(x, 2, [1.0, 2.0])),
+        (TypeError, "residual: got list", lambda: layer_norm(x, 2, residual=[1.0, 2.0])),
+        (TypeError, "normalized_shape: got 2.0", lambda: layer_norm(x, 2.0)),
+        (TypeError, r"normalized_shape: got \[2.0\]", lambda: layer_norm(x, [2.0])),
+        (TypeError, "normalized_shape: got '2'", lambda: ssl_fast.nn.LayerNorm("2")),
+        (ValueError, r"activation: got \['relu'\]", lambda: layer_norm(x, 2, activation=["relu"])),
     ):
         with pytest.raises(error_, match=match):
             call()

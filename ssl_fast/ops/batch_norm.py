@@ -10,7 +10,6 @@ residual it keeps x and a bit an element, the sign of u.
 from __future__ import annotations
 
 import math
-import numbers
 import sys
 from typing import Any
 
@@ -18,27 +17,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_fast._checks import is_number
 from ssl_fast._op import HALF_AND_FLOAT, Op, records, transforming
+from ssl_fast.ops._norms import (
+    BY_SIGN,
+    IDENTITY,
+    NEGATIVE_SLOPE,
+    RELU,
+    accumulator,
+    activate,
+    channels_innermost,
+    check_activation,
+    check_eps,
+    check_input,
+    check_parameter,
+    check_residual,
+    dense,
+    derivative,
+    like,
+    parameter,
+    shaped,
+)
 
-# As the kernels number them.
-ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4}
-IDENTITY, RELU, LEAKY_RELU, SILU, GELU = range(5)
-BY_SIGN = (RELU, LEAKY_RELU)  # whose derivative depends on u by its sign alone
-NEGATIVE_SLOPE = 0.01  # of leaky_relu, as torch's default
+EACH_IMAGE = 0  # as num_splits of an operator: however many images there are, which a traced graph must not fix
 DTYPES = (*HALF_AND_FLOAT, torch.float64)
 
 
 # ---- the layout that every backend shares
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype of statistics and sums, and of what the kernels compute in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def channels_innermost(x: Tensor) -> bool:
-    """Whether a dense x is rows of channels in memory, (N L, C), rather than planes, (N C, L)."""
-    return math.prod(x.shape[2:]) == 1 or (x.shape[1] > 1 and x.stride(1) == 1)
 
 
 def mask_shape(x: Tensor) -> tuple[int, int]:
@@ -47,37 +52,6 @@ def mask_shape(x: Tensor) -> tuple[int, int]:
     L = math.prod(x.shape[2:])
     rows, length = (N * L, C) if channels_innermost(x) else (N * C, L)
     return rows, (length + 7) // 8
-
-
-def dense(x: Tensor) -> Tensor:
-    """x, or a copy of it where memory holds it neither as planes nor as rows of channels."""
-    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
-        return x
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.stride(1) == 1 else x.contiguous()
-
-
-def like(tensor: Tensor, x: Tensor) -> Tensor:
-    """tensor, of x's shape, laid out as the dense x is."""
-    if tensor.stride() == x.stride():
-        return tensor
-    rows = tensor.movedim(1, -1) if channels_innermost(x) else tensor
-    return tensor if rows.is_contiguous() else torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
-
-
-# ---- what costs a small call as much as its arithmetic
-
-
-def shaped(gradient: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A gradient as its parameter is, which most are as they come."""
-    if gradient.shape == shape and gradient.dtype == dtype:
-        return gradient
-    return gradient.view(shape).to(dtype)
-
-
-def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """module.name; attributes that are not in a module's dictionary are slow to look up."""
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found  # of a parametrisation
 
 
 # ---- reference
@@ -92,12 +66,21 @@ def _channels(values: Tensor, x: Tensor) -> Tensor:
 def _splits(x: Tensor, count: int) -> Tensor:
     """(N, C, ...) as (count, N / count, C, ...), in the dtype of sums."""
     x = x.to(accumulator(x))
-    return x.unsqueeze(0) if count == 1 else x.unflatten(0, (count, len(x) // count))
+    if count == EACH_IMAGE:
+        return x.unsqueeze(1)
+    return x.unsqueeze(0) if count == 1 else x.unflatten(0, (count, x.shape[0] // count))
 
 
-def _whole(xs: Tensor) -> Tensor:
+def _whole(xs: Tensor, count: int) -> Tensor:
     """What _splits made, as one batch. Neither fixes the size of a traced batch, unless there are parts."""
-    return xs.squeeze(0) if len(xs) == 1 else xs.flatten(0, 1)
+    if count == EACH_IMAGE:
+        return xs.squeeze(1)
+    return xs.squeeze(0) if count == 1 else xs.flatten(0, 1)
+
+
+def statistics_of(x: Tensor, num_splits: int) -> int:
+    """How many sets of statistics x has in training. Without images one, which is 0."""
+    return x.shape[0] or 1 if num_splits == EACH_IMAGE else num_splits
 
 
 def _reduced(x: Tensor) -> list[int]:
@@ -108,7 +91,7 @@ def _moments(x: Tensor, num_splits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, what its rounding left out, and the biased variance, (S, C) each; 0 where there is nothing."""
     xs = _splits(x, num_splits)
     if x.numel() == 0:
-        zeros = xs.new_zeros(num_splits, x.shape[1])
+        zeros = xs.new_zeros(statistics_of(x, num_splits), x.shape[1])
         return zeros, zeros, zeros
     mean = xs.mean(_reduced(xs), keepdim=True)
     centred = xs - mean
@@ -141,30 +124,19 @@ def _update_running(
 
 
 def _pre_activation(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, stats: Tensor
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    num_splits: int,
 ) -> Tensor:
     """u, in the shape of _splits(x). x - mean is exact where the two are near, so nothing is lost to a large mean."""
     mean, low, invstd = stats
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     shift = -low * scale if bias is None else bias.to(invstd.dtype) - low * scale
-    u = (_splits(x, len(mean)) - _channels(mean, x)) * _channels(scale, x) + _channels(shift, x)
-    return u if residual is None else u + _splits(residual, len(mean))
-
-
-def _activate(u: Tensor, activation: int) -> Tensor:
-    return (
-        u if activation == IDENTITY
-        else u.relu() if activation == RELU
-        else F.leaky_relu(u, NEGATIVE_SLOPE) if activation == LEAKY_RELU
-        else F.silu(u) if activation == SILU
-        else F.gelu(u)
-    )  # fmt: skip
-
-
-def _derivative(u: Tensor, activation: int) -> Tensor:
-    if activation == SILU:
-        return u.sigmoid() * (1 + u * (1 - u.sigmoid()))
-    return 0.5 * (1 + torch.erf(u * math.sqrt(0.5))) + u * torch.exp(-0.5 * u * u) * (0.5 / math.pi) ** 0.5
+    u = (_splits(x, num_splits) - _channels(mean, x)) * _channels(scale, x) + _channels(shift, x)
+    return u if residual is None else u + _splits(residual, num_splits)
 
 
 def _pack(positive: Tensor, x: Tensor) -> Tensor:
@@ -222,13 +194,16 @@ def _fwd_reference(
     keep_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     own = x.new_empty(0)
-    if stats is None:
+    if stats is not None:
+        num_splits = stats.shape[1]
+    else:
+        num_splits = num_splits if training else 1
         stats = own = _statistics(
             x, running_mean, running_var, num_batches_tracked, training, momentum, eps, num_splits
         )  # fmt: skip
-    u = _whole(_pre_activation(x, residual, weight, bias, stats))
+    u = _whole(_pre_activation(x, residual, weight, bias, stats, num_splits), num_splits)
     mask = _pack(~(u <= 0), x) if keep_mask else x.new_empty(0, dtype=torch.uint8)
-    y = like(_activate(u, activation).to(x.dtype), x)
+    y = like(activate(u, activation).to(x.dtype), x)
     return y.clone() if y._is_view() else y, own, mask  # which may be written over, as F.relu(inplace=True) does
 
 
@@ -255,13 +230,13 @@ def _dz_and_xhat(
     dz = _splits(dy, len(mean))
     if activation in BY_SIGN:
         positive = (
-            ~(_pre_activation(x, None, weight, bias, stats) <= 0)
+            ~(_pre_activation(x, None, weight, bias, stats, len(mean)) <= 0)
             if mask is None
             else _unpack(mask, x).unflatten(0, dz.shape[:2])
         )
         dz = torch.where(positive, dz, 0 if activation == RELU else dz * NEGATIVE_SLOPE)
     elif activation:
-        dz = dz * _derivative(_pre_activation(x, residual, weight, bias, stats), activation)
+        dz = dz * derivative(_pre_activation(x, residual, weight, bias, stats, len(mean)), activation)
     xhat = ((_splits(x, len(mean)) - _channels(mean, x)) - _channels(low, x)) * _channels(invstd, x)
     return dz, xhat
 
@@ -318,7 +293,7 @@ def _bwd_reference(
 
 def _fwd_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     stats, training, num_splits, keep_mask = arguments[6], arguments[7], arguments[10], arguments[12]
-    own = (0,) if stats is not None else (3, num_splits if training else 1, x.shape[1])
+    own = (0,) if stats is not None else (3, statistics_of(x, num_splits) if training else 1, x.shape[1])
     mask = math.prod(mask_shape(x)) if keep_mask else 0
     return torch.empty_like(x), x.new_empty(own, dtype=accumulator(x)), x.new_empty(mask, dtype=torch.uint8)
 
@@ -363,7 +338,7 @@ batch_norm_inplace = Op(
 batch_norm_stats = Op(
     "batch_norm_stats(Tensor x, int num_splits) -> Tensor",
     _stats_reference,
-    fake=lambda x, num_splits: x.new_empty((3, num_splits, x.shape[1]), dtype=accumulator(x)),
+    fake=lambda x, num_splits: x.new_empty((3, statistics_of(x, num_splits), x.shape[1]), dtype=accumulator(x)),
     native={"cpu": HALF_AND_FLOAT, "cuda": (torch.bfloat16,)},
     triton="ssl_fast.kernels.batch_norm:batch_norm_stats",
     decides="x",
@@ -497,17 +472,41 @@ def batch_norm(
     Example:
         >>> y = batch_norm(conv(x), running_mean, running_var, w, b, training=True, activation="relu", residual=x)
     """
-    code = _check(x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual,
-                  num_splits, num_batches_tracked)  # fmt: skip
-    if training and x.numel() == x.shape[1] * num_splits:
-        raise ValueError(
-            f"x: got shape {tuple(x.shape)} with num_splits={num_splits}, allowed: more than one value per channel "
-            "and split when training; use a larger batch or eval()"
-        )
+    code = check(x, running_mean, running_var, weight, bias, training, eps, activation, residual)
+    if training:
+        running = running_mean is not None or running_var is not None
+        check_momentum(momentum, num_batches_tracked, running, x)
+        if not isinstance(num_splits, int) or num_splits < 1 or x.shape[0] % num_splits:
+            raise ValueError(f"num_splits: got {num_splits!r}, allowed: a divisor of the batch, {x.shape[0]}")
+        if x.numel() == x.shape[1] * num_splits:
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)} with num_splits={num_splits}, allowed: more than one value per channel "
+                "and split when training; use a larger batch or eval()"
+            )
+    return normalised(x, running_mean, running_var, weight, bias, training, momentum, eps, code, residual, num_splits,
+                      num_batches_tracked, inplace)  # fmt: skip
+
+
+def normalised(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: int,
+    residual: Tensor | None,
+    num_splits: int,
+    num_batches_tracked: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """batch_norm of what has been checked; with EACH_IMAGE as num_splits, an instance norm."""
     if residual is not None and residual.dtype != x.dtype:  # type promotion needs a tensor of its own
-        y = batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_splits=num_splits,
-                       num_batches_tracked=num_batches_tracked)  # fmt: skip
-        return _activate(y + residual, code)
+        y = normalised(x, running_mean, running_var, weight, bias, training, momentum, eps, IDENTITY, None, num_splits,
+                       num_batches_tracked)  # fmt: skip
+        return activate(y + residual, activation)
     recorded = records(x, residual, weight, bias)
     if inplace and recorded:
         raise ValueError("inplace: got True where a gradient is recorded, allowed: True under torch.no_grad() alone")
@@ -522,7 +521,7 @@ def batch_norm(
         for t in (running_mean, running_var)
     ]
     arguments = (residual, weight, bias, *running, num_batches_tracked)
-    options = (training, momentum, eps, num_splits if training else 1, code)
+    options = (training, momentum, eps, num_splits if training else 1, activation)
     if transforming():
         given: list[Any] = [x, *arguments, None, *options, False]
         y = _fwd_reference(*given)[0]
@@ -545,77 +544,56 @@ def batch_norm(
     return y
 
 
-def _check(
+def check(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float | None,
     eps: float,
     activation: str | None,
     residual: Tensor | None,
-    num_splits: int,
-    num_batches_tracked: Tensor | None,
 ) -> int:
     """The number of the activation; raises for what does not fit."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x: got {x.dtype}, allowed: float16, bfloat16, float32, float64; convert with x.float()")
+    check_input(x)
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, allowed: (N, C) or (N, C, ...)")
-    N, C, *_ = x.shape
     named = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
     for name, tensor in named:
-        if tensor is None:
-            continue
-        if tensor.shape != (C,):
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, allowed: ({C},), the channels of x")
-        if tensor.device != x.device:
-            raise ValueError(
-                f"{name}: got device {tensor.device}, allowed: that of x, {x.device}; move one to the other"
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: got {tensor.dtype}, allowed: a floating-point dtype, best float32")
-    check_activation(activation)
-    if residual is not None and (residual.shape != x.shape or residual.device != x.device):
+        check_parameter(name, tensor, (x.shape[1],), "the channels of x", x)
+    check_residual(residual, x)
+    check_eps(eps)
+    if not training and (running_mean is None or running_var is None):
         raise ValueError(
-            f"residual: got shape {tuple(residual.shape)} on {residual.device}, allowed: that of x, {tuple(x.shape)} "
-            f"on {x.device}"
+            "running_mean, running_var: got None, allowed: tensors where the statistics are not those of x; pass "
+            "training=True, for an instance norm use_input_stats=True, to use x's own"
         )
-    if not eps >= 0:
-        raise ValueError(f"eps: got {eps}, allowed: a number >= 0, such as 1e-5")
-    if not training:
-        if running_mean is None or running_var is None:
+    return check_activation(activation)
+
+
+def check_momentum(momentum: float | None, num_batches_tracked: Tensor | None, running: bool, x: Tensor) -> None:
+    """What moves running statistics in training, where there are any."""
+    if num_batches_tracked is not None:
+        if not isinstance(num_batches_tracked, Tensor):
+            got = type(num_batches_tracked).__name__
+            raise TypeError(f"num_batches_tracked: got {got}, allowed: an int64 tensor of one element, or None")
+        if (
+            num_batches_tracked.dtype != torch.int64
+            or num_batches_tracked.numel() != 1
+            or num_batches_tracked.device != x.device
+        ):
             raise ValueError(
-                "running_mean, running_var: got None, allowed: tensors where training is False; pass training=True to "
-                "use the statistics of the batch"
+                f"num_batches_tracked: got {num_batches_tracked.dtype} of shape {tuple(num_batches_tracked.shape)} on "
+                f"{num_batches_tracked.device}, allowed: int64 of one element on the device of x, {x.device}"
             )
-        return ACTIVATIONS[activation]
-    if num_batches_tracked is not None and (
-        num_batches_tracked.dtype != torch.int64
-        or num_batches_tracked.numel() != 1
-        or num_batches_tracked.device != x.device
-    ):
-        raise ValueError(
-            f"num_batches_tracked: got {num_batches_tracked.dtype} of shape {tuple(num_batches_tracked.shape)} on "
-            f"{num_batches_tracked.device}, allowed: int64 of one element on the device of x, {x.device}"
-        )
     if momentum is None:
-        if num_batches_tracked is None and (running_mean is not None or running_var is not None):
+        if num_batches_tracked is None and running:
             raise ValueError(
                 "momentum: got None without num_batches_tracked, allowed: a number, or None with that count"
             )
-    elif not isinstance(momentum, (float, numbers.Real)):
-        raise TypeError(f"momentum: got {type(momentum).__name__}, allowed: a number such as 0.1, or None")
-    if not isinstance(num_splits, int) or num_splits < 1 or N % num_splits:
-        raise ValueError(f"num_splits: got {num_splits!r}, allowed: a divisor of the batch, {N}")
-    return ACTIVATIONS[activation]
-
-
-def check_activation(activation: str | None) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, allowed: {', '.join(map(repr, ACTIVATIONS))}")
+    elif not is_number(momentum):
+        raise TypeError(f"momentum: got {momentum!r}, allowed: a number such as 0.1, or None")
 
 
 # ---- modules
@@ -715,7 +693,7 @@ class _Fused(FusedNorm, nn.modules.batchnorm._BatchNorm):
         self.inplace = inplace
         self._widen_statistics()
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """`activation` is for a caller who knows what follows; the default is the module's own."""
         self._check_input_dim(input)
         buffers = self._buffers  # attributes of a module are slow to look up
@@ -740,8 +718,8 @@ class _Fused(FusedNorm, nn.modules.batchnorm._BatchNorm):
 
 
 def _adopt(to: nn.Module, source: nn.Module) -> Any:
-    for name, parameter in source._parameters.items():
-        to.register_parameter(name, parameter)
+    for name, own in source._parameters.items():
+        to.register_parameter(name, own)
     for name, buffer in source._buffers.items():
         to.register_buffer(name, buffer)
     if isinstance(to, nn.SyncBatchNorm) and isinstance(source, nn.SyncBatchNorm):

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_fast.ops.batch_norm import FusedNorm, batch_norm, check_activation, parameter
+from ssl_fast._checks import is_number
+from ssl_fast.ops._norms import check_activation, check_residual, parameter
+from ssl_fast.ops.batch_norm import EACH_IMAGE, FusedNorm, check, normalised
 
 
 def instance_norm(
@@ -60,14 +62,17 @@ def instance_norm(
     Example:
         >>> y = instance_norm(conv(x), weight=w, bias=b, residual=x, activation="relu")
     """
-    if use_input_stats and math.prod(x.shape[2:]) == 1:
-        raise ValueError(
-            f"x: got shape {tuple(x.shape)}, allowed: more than 1 spatial element when training, for each has "
-            "statistics of its own; use larger images or eval() with running statistics"
-        )
-    images = max(x.shape[0], 1) if use_input_stats else 1  # without images nothing moves
-    return batch_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps,
-                      activation=activation, residual=residual, num_splits=images)  # fmt: skip
+    code = check(x, running_mean, running_var, weight, bias, use_input_stats, eps, activation, residual)
+    if use_input_stats:
+        if not is_number(momentum):
+            raise TypeError(f"momentum: got {momentum!r}, allowed: a number such as 0.1")
+        if math.prod(x.shape[2:]) == 1:
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, allowed: more than 1 spatial element when training, for each has "
+                "statistics of its own; use larger images or eval() with running statistics"
+            )
+    return normalised(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, code, residual,
+                      EACH_IMAGE)  # fmt: skip
 
 
 # ---- modules
@@ -94,7 +99,7 @@ class _Fused(FusedNorm, nn.modules.instancenorm._InstanceNorm):
         self.activation = activation
         self._widen_statistics()
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """`activation` is for a caller who knows what follows; the default is the module's own."""
         self._check_input_dim(input)
         batched = input.dim() != self._get_no_batch_dim()  # type: ignore[no-untyped-call]
@@ -107,6 +112,7 @@ class _Fused(FusedNorm, nn.modules.instancenorm._InstanceNorm):
                 f"input's size does not match num_features, which affine=False does not use; {message}", stacklevel=2
             )
         if not batched:
+            check_residual(residual, input)  # while both have the shapes that were given
             input, residual = input[None], None if residual is None else residual[None]
         y = instance_norm(
             input,

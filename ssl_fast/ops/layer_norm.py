@@ -10,6 +10,7 @@ x alone; with a residual and an activation it keeps the residual too.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,19 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from ssl_fast._op import HALF_AND_FLOAT, Op, autocast_dtype, records, transforming
-from ssl_fast.ops.batch_norm import (
-    ACTIVATIONS,
+from ssl_fast.ops._norms import (
     BY_SIGN,
-    DTYPES,
     IDENTITY,
     NEGATIVE_SLOPE,
     RELU,
-    _activate,
-    _derivative,
     accumulator,
+    activate,
     channels_innermost,
     check_activation,
+    check_eps,
+    check_input,
+    check_parameter,
+    check_residual,
     dense,
+    derivative,
     like,
     parameter,
     shaped,
@@ -97,7 +100,7 @@ def _fwd_reference(
     stats = _statistics(xs, eps)
     added = None if residual is None else _grouped(residual, width, channels)
     u = _pre_activation(_normalised(xs, stats), added, weight, bias)
-    return _laid(_activate(u, activation).view(x.shape).to(x.dtype), x, channels), stats
+    return _laid(activate(u, activation).view(x.shape).to(x.dtype), x, channels), stats
 
 
 def _bwd_reference(
@@ -123,7 +126,7 @@ def _bwd_reference(
         if activation in BY_SIGN:
             dz = torch.where(u <= 0, 0 if activation == RELU else dz * NEGATIVE_SLOPE, dz)
         else:
-            dz = dz * _derivative(u, activation)
+            dz = dz * derivative(u, activation)
     dx = dresidual = dy.new_empty(0)
     dweight = dbias = stats.new_empty(0)
     if need_affine:
@@ -262,13 +265,13 @@ def layer_norm(
         >>> y = layer_norm(tokens, 768, weight, bias)
         >>> z = layer_norm(images, 96, weight, bias, eps=1e-6, dim=1)
     """
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = _shape_of(normalized_shape)
     code = _check(x, shape, weight, bias, eps, dim, residual, activation)
     if x.is_cuda and x.dtype != torch.float64 and autocast_dtype(x) is not None:  # torch's policy for it
         x = x.float()
         residual = residual if residual is None else residual.float()
     if residual is not None and residual.dtype != x.dtype:  # type promotion needs a tensor of its own
-        return _activate(layer_norm(x, shape, weight, bias, eps, dim=dim) + residual, code)
+        return activate(layer_norm(x, shape, weight, bias, eps, dim=dim) + residual, code)
     channels = dim == 1
     x = dense(x) if channels else x.contiguous()
     if residual is not None:  # compile wants them distinct
@@ -296,9 +299,7 @@ def _check(
     activation: str | None,
 ) -> int:
     """The number of the activation; raises for what does not fit."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x: got {x.dtype}, allowed: float16, bfloat16, float32, float64; convert with x.float()")
-    check_activation(activation)
+    check_input(x)
     if dim == 1:
         if x.dim() < 2 or (x.shape[1],) != shape:
             raise ValueError(
@@ -313,24 +314,19 @@ def _check(
             "more; for channels in dimension 1 pass dim=1"
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, allowed: that of normalized_shape, {shape}")
-        if tensor.device != x.device:
-            raise ValueError(
-                f"{name}: got device {tensor.device}, allowed: that of x, {x.device}; move one to the other"
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: got {tensor.dtype}, allowed: a floating-point dtype, best float32")
-    if residual is not None and (residual.shape != x.shape or residual.device != x.device):
-        raise ValueError(
-            f"residual: got shape {tuple(residual.shape)} on {residual.device}, allowed: that of x, {tuple(x.shape)} "
-            f"on {x.device}"
-        )
-    if not eps >= 0:
-        raise ValueError(f"eps: got {eps}, allowed: a number >= 0, such as 1e-5")
-    return ACTIVATIONS[activation]
+        check_parameter(name, tensor, shape, "that of normalized_shape", x)
+    check_residual(residual, x)
+    check_eps(eps)
+    return check_activation(activation)
+
+
+def _shape_of(normalized_shape: Any) -> tuple[int, ...]:
+    if isinstance(normalized_shape, int):
+        return (normalized_shape,)
+    sizes = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+    if any(not isinstance(size, (int, numbers.Integral, torch.SymInt)) or isinstance(size, bool) for size in sizes):
+        raise TypeError(f"normalized_shape: got {normalized_shape!r}, allowed: a whole number, or several")
+    return tuple(sizes)
 
 
 # ---- modules
@@ -368,7 +364,7 @@ class LayerNorm(nn.LayerNorm):
         *,
         activation: str | None = None,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
+        super().__init__(_shape_of(normalized_shape), eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
         check_activation(activation)
         self.activation = activation
 
