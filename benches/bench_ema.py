@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 import ssl_fast
 from benches import common
-from benches.common import DEVICE, Provider, Step, Table
+from benches.common import Provider, Table
+from benches.machine import DEVICE
+from benches.timing import Step
 from ssl_fast.ops import ema
 
 MOMENTUM = 0.999

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ssl_fast
-from benches import common
+from benches import common, timing
 from benches.bench_nt_xent import dense_bf16_runs
-from benches.common import DEVICE, Provider, Table
+from benches.common import Provider, Table
+from benches.machine import DEVICE
 
 TEMPERATURE = 0.07
 # N rows, K columns, D.
@@ -157,7 +158,7 @@ def losses(op: str, queue: Tensor) -> dict[str, Loss]:
 
 
 def provider(name: str, op: str, N: int, K: int, D: int, dtype: str) -> Provider:
-    def build() -> common.Step:
+    def build() -> timing.Step:
         a, b, queue = inputs(op, N, K, D, dtype)
         loss = losses(op, queue)[name]
 

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benches import common
-from benches.common import DEVICE, Provider, Step, Table
+from benches.common import Provider, Table
+from benches.machine import DEVICE
+from benches.timing import Step
 from ssl_fast.knn import nearest_neighbours
 
 FLOOR = "matrix products"

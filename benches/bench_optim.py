@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from benches import common
 from benches.bench_ema import resnet50_shapes
-from benches.common import DEVICE, Provider, Step, Table
+from benches.common import Provider, Table
+from benches.machine import DEVICE
+from benches.timing import Step
 from ssl_fast.optim import LARS, parameter_groups
 
 LR, MOMENTUM, DECAY, ETA = 0.3, 0.9, 1e-6, 1e-3

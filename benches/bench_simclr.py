@@ -26,7 +26,9 @@ import ssl_fast
 from benches import common
 from benches.bench_nt_xent import dense
 from benches.bench_two_views import torchvision_steps
-from benches.common import DEVICE, Provider, Step, Table
+from benches.common import Provider, Table
+from benches.machine import DEVICE
+from benches.timing import Step
 from ssl_fast.augment import POLICIES, TwoViews
 from ssl_fast.methods.simclr import projection_head
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from benches import common
-from benches.common import DEVICE, Provider, Step, Table
+from benches.common import Provider, Table
+from benches.machine import DEVICE
+from benches.timing import Step
 from ssl_fast.augment import POLICIES, Policy, TwoViews, sample_view_params
 from ssl_fast.ops.two_views import MEAN_STD, PackedImages, _reference, sizes_of, two_views
 

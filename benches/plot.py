@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benches import common
+from benches import common, results
 
-README = common.ROOT / "README.md"
-DOCS = common.ROOT / "docs"
+README = results.ROOT / "README.md"
+DOCS = results.ROOT / "docs"
 KERNELS = DOCS / "kernels.md"
 FLOORS = (common.COPY, common.PRODUCT, "copy of as many bytes", "copy of the weights", "matrix products")
 OUT_OF_MEMORY = "out of memory"  # what stands where a row has no time
@@ -40,7 +40,7 @@ PLAIN = ("dense PyTorch", "mm + cat + cross_entropy", "eager", "mul_ add_", "tor
 
 def rows_of(*ops: str) -> Rows:
     """What results.csv has of these ops, in their order; of all without any."""
-    with common.RESULTS.open(newline="") as file:
+    with results.RESULTS.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if not ops or row["op"] in ops]
     order = ops or sorted({row["op"] for row in rows})
     return sorted(rows, key=lambda row: order.index(row["op"]))
@@ -49,7 +49,7 @@ def rows_of(*ops: str) -> Rows:
 def norm_block() -> str:
     """Forward and backward of the norms, a line for each tensor and allocator."""
 
-    def lines(here: Rows) -> list[common.Row]:
+    def lines(here: Rows) -> list[results.Row]:
         found = []
         keys = ("op", "shape", "dtype", "allocator")
         for op, shape, dtype, allocator in dict.fromkeys(tuple(r[k] for k in keys) for r in here):
@@ -75,7 +75,7 @@ def norm_block() -> str:
 def loss_block() -> str:
     """Every provider of the default allocator, the rows we lose included."""
 
-    def lines(here: Rows) -> list[common.Row]:
+    def lines(here: Rows) -> list[results.Row]:
         return [
             {
                 "loss": LOSSES[row["op"]],
@@ -97,7 +97,7 @@ def loss_block() -> str:
 def step_block() -> str:
     """The moving average, and whole training steps."""
 
-    def lines(here: Rows) -> list[common.Row]:
+    def lines(here: Rows) -> list[results.Row]:
         return [
             {
                 "what": STEPS[row["op"]],
@@ -120,11 +120,11 @@ def step_block() -> str:
 def fold_block() -> str:
     """The forward pass of folded networks, a line for each, and what a refresh takes."""
 
-    def forwards(here: Rows) -> list[common.Row]:
+    def forwards(here: Rows) -> list[results.Row]:
         found = []
         for shape in dict.fromkeys(r["shape"] for r in here):
             own = {r["provider"]: r for r in here if r["shape"] == shape}
-            line: common.Row = {"network": unbroken(shape), "unfolded ms": quotient(own, "unfolded")}
+            line: results.Row = {"network": unbroken(shape), "unfolded ms": quotient(own, "unfolded")}
             columns = {
                 "ssl_fast folded": "folded, of its time",
                 "torch.fx fuse": "torch.fx",
@@ -140,7 +140,7 @@ def fold_block() -> str:
             found.append(line)
         return found
 
-    def refreshes(here: Rows) -> list[common.Row]:
+    def refreshes(here: Rows) -> list[results.Row]:
         return [
             {
                 "refresh of": unbroken(r["shape"]),
@@ -157,7 +157,7 @@ def fold_block() -> str:
 def lost_block() -> str:
     """Where ours is not the fastest: a line for each table, with the one that is."""
 
-    def lines(here: Rows) -> list[common.Row]:
+    def lines(here: Rows) -> list[results.Row]:
         keys = ("op", "shape", "dtype", "allocator")
         tables: dict[tuple[str, ...], Rows] = {}
         for row in here:
@@ -168,7 +168,7 @@ def lost_block() -> str:
             rows = [r for r in rows if not any(word in r["provider"] for word in NOT_THE_PRODUCT)]
             ours = [time(r) for r in rows if r["provider"].startswith("ssl_fast")]
             if ours and time(best := min(rows, key=time)) < min(ours):
-                line: common.Row = dict(zip(keys, map(unbroken, key), strict=True))
+                line: results.Row = dict(zip(keys, map(unbroken, key), strict=True))
                 line |= {"faster": best["provider"], "ms": best["ms"], "ours, ms": min(ours)}
                 found.append(line)
         return found
@@ -198,7 +198,7 @@ def images_a_second(row: dict[str, str]) -> float | str:
 def simclr_block() -> str:
     """The picture, and images a second of the whole step."""
 
-    def lines(here: Rows) -> list[common.Row]:
+    def lines(here: Rows) -> list[results.Row]:
         return [
             {
                 "network, images": unbroken(row["shape"]),
@@ -221,7 +221,7 @@ def simclr_block() -> str:
 def data_block() -> str:
     """Whole steps by who makes the views, and how long a step waits for them."""
 
-    def lines(here: Rows) -> list[common.Row]:
+    def lines(here: Rows) -> list[results.Row]:
         return [
             {
                 "step of SimCLR": row["shape"],
@@ -237,7 +237,7 @@ def data_block() -> str:
     return by_device(rows_of("two_views step"), lines)
 
 
-def by_device(rows: Rows, lines: Callable[[Rows], list[common.Row]]) -> str:
+def by_device(rows: Rows, lines: Callable[[Rows], list[results.Row]]) -> str:
     """A table for each device that rows come from."""
     blocks = []
     for device in dict.fromkeys(row["device"] for row in rows):
@@ -246,7 +246,7 @@ def by_device(rows: Rows, lines: Callable[[Rows], list[common.Row]]) -> str:
         days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
         head = f"{device}, {' or '.join(threads)} threads, torch {' or '.join(torches)}, {days}:"
         table = lines(here) or [{"": "none"}]
-        blocks.append(f"{head}\n\n{common.table(table, table[0])}\n")
+        blocks.append(f"{head}\n\n{results.table(table, table[0])}\n")
     return "\n".join(blocks) or "Not measured yet; `make bench` prints it.\n"
 
 
@@ -258,8 +258,8 @@ def place_block() -> str:
     """How far from its floor each op is in fp32, forward and backward: the largest shape, allocator warm where it was
     measured."""
 
-    def lines(here: Rows) -> list[common.Row]:
-        found: list[common.Row] = []
+    def lines(here: Rows) -> list[results.Row]:
+        found: list[results.Row] = []
         for op, work in WORK.items():
             rows = [r for r in here if r["op"] == op and r["dtype"] == "float32" and r["ms"]]
             rows = [r for r in rows if r["allocator"] == "warm"] or rows
@@ -270,7 +270,7 @@ def place_block() -> str:
             floor = max(floors, key=time)
             own = [r for r in rows if r["shape"] == floor["shape"] and r["provider"] not in FLOORS]
             own = [r for r in own if not any(word in r["provider"] for word in (*NOT_THE_PRODUCT, "nothing changed"))]
-            line: common.Row = {"op": op, "shape": unbroken(floor["shape"]), "allocator": floor["allocator"]}
+            line: results.Row = {"op": op, "shape": unbroken(floor["shape"]), "allocator": floor["allocator"]}
             line["floor, ms"] = time(floor) * work
             kinds = {"ours": ("ssl_fast", "refresh"), "plain": PLAIN, "torch.compile": ("torch.compile",)}
             for kind, names in kinds.items():
@@ -285,8 +285,8 @@ def place_block() -> str:
 def large_block() -> str:
     """Images a second and the peak of each way to take a step, by batch."""
 
-    def lines(here: Rows) -> list[common.Row]:
-        found: dict[str, common.Row] = {}
+    def lines(here: Rows) -> list[results.Row]:
+        found: dict[str, results.Row] = {}
         for row in here:
             step = found.setdefault(row["shape"], {"network, batch": unbroken(row["shape"])})
             pace = row["ms"] and int(row["shape"].split("batch=")[1].split()[0]) / time(row) * 1e3

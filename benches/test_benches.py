@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benches import common
+from benches import common, timing
 
 
 def providers() -> Iterator[object]:
@@ -25,4 +25,4 @@ def providers() -> Iterator[object]:
 @pytest.mark.parametrize("table, provider", [*providers()])
 def test_bench(benchmark, table, provider):
     benchmark.group = f"{provider.op or table.op}, {table.shape}, {provider.dtype}"
-    benchmark.pedantic(common.waited(provider.build()), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(timing.waited(provider.build()), rounds=5, warmup_rounds=1)

@@ -43,8 +43,13 @@ from benches import (
     compare_steps,
     compare_views,
     evidence,
+    machine,
+    memory,
     once,
     plot,
+    processes,
+    results,
+    timing,
 )
 from ssl_fast import bench as bench_module
 from ssl_fast import functional, nn
@@ -187,7 +192,7 @@ def orphans(public: dict[str, dict[str, Any]], timed: set[int], reasons: Collect
 def test_everything_public_is_in_a_bench():
     """In one that writes rows: by what is used, not by names that happen to be alike."""
     sources = [path.read_text() for path in (ROOT / "benches").glob("*.py")]
-    writing = [source for source in sources if re.search(r"common\.(main|save)\(", source)]
+    writing = [source for source in sources if re.search(r"(common\.main|results\.save)\(", source)]
     found, needless = orphans(everything_public(), set().union(*map(used_in, writing)), NOTHING_TO_TIME)
     assert not found, f"no bench has {sorted(found)}: add them, or a reason to NOTHING_TO_TIME"
     assert not needless, f"{sorted(needless)} need no reason"
@@ -208,7 +213,7 @@ def test_an_orphan_is_found():
 
 def test_every_bench_has_rows():
     """The orphans' test reads code alone: what it finds has been run, too."""
-    measured = {row["op"] for row in csv.DictReader(common.RESULTS.open())}
+    measured = {row["op"] for row in csv.DictReader(results.RESULTS.open())}
     tables = {module.setup(*case).op for module in common.setups().values() for case in module.cases(True)}
     others = {"large_batch", "live_batch_norm", "ranks", "two_views step", "accelerate"}
     assert tables | others <= measured
@@ -401,22 +406,22 @@ def test_a_table_is_measured(tmp_path):
     command = [sys.executable, "-c", TABLE]  # measure() forks its process, which must not have computed anything
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
     floor, ours, theirs, compiled, network, product = json.loads(output.splitlines()[-1])
-    assert common.timing([1.0, 2.0, 9.0]) == {"ms": 2.0, "ms_p20": 1.4, "ms_p80": pytest.approx(6.2)}  # none is beyond
+    assert timing.summary([1.0, 2.0, 9.0]) == {"ms": 2.0, "ms_p20": 1.4, "ms_p80": pytest.approx(6.2)}  # none is beyond
     assert ours["ms_p20"] <= ours["ms"] <= ours["ms_p80"] and ours["to"] == "copy_" and ours["error"] == 1e-7
     assert ours["ratio"] == pytest.approx(ours["ms"] / floor["ms"]) == pytest.approx(2 * ours["x_floor"])
     assert ours["gb_per_s"] == pytest.approx(2e6 / ours["ms"] / 1e6) and "tflops" not in ours
     assert network["x_floor"] == pytest.approx(2 * network["ms"] / product["ms"]) and network["to"] == "copy_"
     assert network["tflops"] * network["x_floor"] == pytest.approx(product["tflops"])
     assert "gb_per_s" not in network and "extra_mb" in network and "extra_mb" not in product
-    if common.DEVICE == "cpu":
+    if machine.DEVICE == "cpu":
         assert 60 < ours["extra_mb"] < 80
     assert "ms" not in theirs and theirs["provider"] == "theirs"  # the others are measured
     assert compiled["ms_p80"] < 2000
 
     path = tmp_path / "rows.csv"
     path.write_text("op,shape,dtype,provider,allocator,device,ms\nop,other,float32,ours,default,here,3\n")
-    common.save([floor, ours, theirs], path=path)
-    common.save([ours], path=path)
+    results.save([floor, ours, theirs], path=path)
+    results.save([ours], path=path)
     rows = list(csv.DictReader(path.open()))
     assert [(r["shape"], r["provider"]) for r in rows] == [("other", "ours"), ("shape", "ours")]
     assert rows[0]["ms"] == "3" and rows[0]["x_floor"] == "" and rows[1]["commit"] and rows[1]["date"]
@@ -469,7 +474,7 @@ def test_the_truth_of_nt_xent_is_dense():
 
 KILLED = """
 import os, signal, sys, time
-from benches import common
+from benches import common, results
 
 def setup(name):
     def build():
@@ -483,8 +488,8 @@ def setup(name):
         return lambda: None
     return common.Table("op", name, [common.Provider("ours", build)])
 
-common.ROOT = common.Path(sys.argv.pop())
-common.QUICK_RESULTS, common.RESULTS = (common.ROOT / name for name in ("rows.csv", "tracked.csv"))
+results.ROOT = results.Path(sys.argv.pop())
+results.QUICK_RESULTS, results.RESULTS = (results.ROOT / name for name in ("rows.csv", "tracked.csv"))
 sys.argv.append("--quick")
 sys.modules["__main__"].__spec__ = common.__spec__
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background ignores
@@ -517,7 +522,7 @@ def test_a_case_whose_process_ends_is_said_and_the_others_go_on(tmp_path):
 
 BROKEN = """
 import signal, sys
-from benches import common
+from benches import common, results
 
 def setup(lacking, when):
     def broken(name):
@@ -538,8 +543,8 @@ def setup(lacking, when):
     providers = [broken(name) for name in ("copy_", "theirs", "ours")]
     return common.Table("op", f"{lacking} {when}", providers, bytes=1e6)
 
-common.ROOT = common.Path(sys.argv.pop())
-common.QUICK_RESULTS, common.RESULTS = (common.ROOT / name for name in ("rows.csv", "tracked.csv"))
+results.ROOT = results.Path(sys.argv.pop())
+results.QUICK_RESULTS, results.RESULTS = (results.ROOT / name for name in ("rows.csv", "tracked.csv"))
 sys.argv.append("--quick")
 sys.modules["__main__"].__spec__ = common.__spec__
 cases = [(name, when) for when in sys.argv.pop(1).split() for name in ("copy_", "theirs")]
@@ -576,8 +581,8 @@ def test_large_batches_go_on_where_a_provider_fails(monkeypatch, capsys):
         return {"ms": 1.0, "extra_mb": 2.0}
 
     saved = []
-    monkeypatch.setattr(common, "apart", apart)
-    monkeypatch.setattr(common, "save", lambda rows, quick: saved.extend(rows))
+    monkeypatch.setattr(processes, "apart", apart)
+    monkeypatch.setattr(results, "save", lambda rows, quick: saved.extend(rows))
     failed = bench_large_batch.steps((64,), "1GiB", 64, 0.0, True, set())
     assert len(failed) == 1 and failed[0].startswith("large_batch, ") and failed[0].endswith(", plain PyTorch")
     assert f"{failed[0]}: failed, as shown above" in capsys.readouterr().err
@@ -597,9 +602,9 @@ def test_a_gpus_memory_is_given_back_before_the_next_provider(monkeypatch):
         kept.append(weakref.ref(large))
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(common, "DEVICE", "cuda")
+    monkeypatch.setattr(machine, "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.append(kept[0]()))
-    assert common._first_call(common.Provider("theirs", too_much)) is None
+    assert memory.first_call(too_much) is None
     assert kept[1:] == [None]
 
 
@@ -628,15 +633,15 @@ class Gpu:
 def test_short_kernels_do_not_wait_for_their_launches(monkeypatch):
     """On a GPU; a whole call has a column of its own."""
     gpu = Gpu()
-    monkeypatch.setattr(common, "DEVICE", "cuda")
+    monkeypatch.setattr(machine, "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.launch(0.0, cycles / 2e6))
     monkeypatch.setattr(torch.cuda, "Event", gpu.event)
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(common, "_take_workspaces", lambda: None)
-    monkeypatch.setattr(common, "_empty_l2", lambda: gpu.launch(0.005, 0.1))
-    monkeypatch.setattr(common, "extra_memory", lambda step: float(bool(step())))
-    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: gpu.host / 1e3))
+    monkeypatch.setattr(memory, "take_workspaces", lambda: None)
+    monkeypatch.setattr(timing, "_empty_l2", lambda: gpu.launch(0.005, 0.1))
+    monkeypatch.setattr(memory, "extra_memory", lambda step: float(bool(step())))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: gpu.host / 1e3))
 
     def kernels(count):
         return lambda: lambda: [gpu.launch(0.005, 0.01) for _ in range(count)]
@@ -658,12 +663,12 @@ def test_a_table_is_resumed_where_rows_of_it_lack(monkeypatch, tmp_path):
     rows = [{"op": "op", "shape": "shape", "dtype": p.dtype, "provider": p.name} for p in table.providers]
     rows = [row | {"allocator": "default"} for row in rows]
     assert not common.saved(table, "default", path=path)
-    common.save(rows[:1], path=path)
+    results.save(rows[:1], path=path)
     assert not common.saved(table, "default", path=path)
-    common.save(rows, path=path)
+    results.save(rows, path=path)
     assert common.saved(table, "default", path=path) and not common.saved(table, "warm", path=path)
-    here = common.conditions() | {"commit": "another"}
-    monkeypatch.setattr(common, "conditions", lambda: here)
+    here = results.conditions() | {"commit": "another"}
+    monkeypatch.setattr(results, "conditions", lambda: here)
     assert not common.saved(table, "default", path=path)
 
 
@@ -727,7 +732,7 @@ def test_evidence_goes_on_where_it_stopped(monkeypatch, tmp_path):
     summary = (tmp_path / "summary.md").read_text()
     assert len(list(tmp_path.iterdir())) == 3 and "- bad: failed\n- slow: no time\n" in summary
     assert "## tests: 2 of 5 passed, 0 not run, 1 whose tool is not installed" in summary
-    assert all(str(value) in summary for value in common.conditions().values())
+    assert all(str(value) in summary for value in results.conditions().values())
 
 
 @pytest.mark.parametrize("part, into_the_last", [("tests", 80), ("bench", 32)])
@@ -739,13 +744,13 @@ def test_a_part_ends_within_its_minutes(part, into_the_last, monkeypatch, tmp_pa
         wanted = float(command[1])
         ran.append((command[1:], min(wanted, seconds)))
         clock[0] += ran[-1][1]
-        common.RESULTS.write_text(common.RESULTS.read_text() + "another\n")
+        results.RESULTS.write_text(results.RESULTS.read_text() + "another\n")
         if wanted > seconds:
             raise subprocess.TimeoutExpired(command, seconds)
         return 0
 
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "results.csv")
-    common.RESULTS.write_text("commit\n")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results.csv")
+    results.RESULTS.write_text("commit\n")
     (out := tmp_path / "out").mkdir()
     monkeypatch.setattr(evidence, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(evidence, "run_group", run_group)
@@ -808,8 +813,8 @@ def test_evidence_is_of_one_commit(monkeypatch, tmp_path):
 
     def at(commit, *expected):
         """The exit status, and which steps ran."""
-        here = common.conditions() | {"commit": commit}
-        monkeypatch.setattr(common, "conditions", lambda: here)
+        here = results.conditions() | {"commit": commit}
+        monkeypatch.setattr(results, "conditions", lambda: here)
         (out / "tests.log").write_text("")
         status = evidence.run("tests", out)
         ran = [line.split()[1] for line in (out / "tests.log").read_text().splitlines() if line.startswith("$")]
@@ -840,32 +845,32 @@ def test_evidence_is_of_one_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "write_text", cut)
     with pytest.raises(KeyboardInterrupt):
         evidence.run("tests", out)
-    assert evidence.results("tests", out)["bad"]["state"] == "failed"
+    assert evidence.tried("tests", out)["bad"]["state"] == "failed"
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_two_changed_trees_are_not_one(monkeypatch, tmp_path):
     """Nor is a tree without git taken for another; a copy is told what it is of."""
     (tmp_path / "benches").mkdir()
-    monkeypatch.setattr(common, "ROOT", tmp_path)
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "benches/results.csv")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "benches/results.csv")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     source = tmp_path / "benches/some.py"
     source.write_text("1")
-    unknown = common._commit()
+    unknown = results._commit()
     assert unknown.startswith("unknown-dirty-")
     source.write_text("2")
-    assert common._commit() != unknown
+    assert results._commit() != unknown
     monkeypatch.setenv("SSL_FAST_COMMIT", "1234567")
-    assert common._commit() == "1234567"
+    assert results._commit() == "1234567"
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *words], cwd=tmp_path, check=True)
-    clean = common._commit()
+    clean = results._commit()
     assert re.fullmatch("[0-9a-f]{7,}", clean)
     changed = set()
     for text in "34":
         source.write_text(text)
-        changed.add(common._commit())
+        changed.add(results._commit())
     assert len(changed) == 2 and all(commit.startswith(f"{clean}-dirty-") for commit in changed)
     (tmp_path / "tests").mkdir()
     before = evidence.code()
@@ -877,11 +882,11 @@ def test_evidence_counts_new_rows_as_progress(monkeypatch, tmp_path):
     """A bench that is longer than a part is cut, and goes on."""
     rows = tmp_path / "results.csv"
     rows.write_text("commit\n")
-    commit = common.conditions()["commit"]
+    commit = results.conditions()["commit"]
     code = f"n=$(wc -l < {rows}); echo {commit} >> {rows}; [ $n = 2 ] || sleep 60"
     monkeypatch.setattr(evidence, "steps_of", lambda part, out: {"long": ["sh", "-c", code]})
     monkeypatch.setattr(evidence, "MINUTES", 1 / 60)
-    monkeypatch.setattr(common, "RESULTS", rows)
+    monkeypatch.setattr(results, "RESULTS", rows)
     drawn = tmp_path / "drawn"
     monkeypatch.setattr(evidence, "PAGES", ["cp", str(rows), str(drawn)])
     assert evidence.run("bench", tmp_path) == evidence.MORE
@@ -924,11 +929,11 @@ def test_evidence_takes_what_shows_most_first(monkeypatch, tmp_path):
 def test_the_bench_of_accelerate_resumes(words, ran, monkeypatch, tmp_path):
     """It leaves out the rows of this commit, and keeps their curves."""
     found, losses = [], 3 * [0.5]
-    conditions = common.conditions()
+    conditions = results.conditions()
     monkeypatch.setattr(bench_accelerate, "MODELS", {"vit_s_16": "vit_small_patch16_224"})
     monkeypatch.setattr(bench_accelerate, "DEVICE", "cpu")
-    monkeypatch.setattr(common, "conditions", lambda: conditions)
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "rows.csv")
+    monkeypatch.setattr(results, "conditions", lambda: conditions)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "rows.csv")
     monkeypatch.chdir(tmp_path)
 
     def child(allocator, what, *given):
@@ -943,7 +948,7 @@ def test_the_bench_of_accelerate_resumes(words, ran, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_accelerate, "child", child)
     cut = child("default", "bench", "vit_s_16", "float32", *bench_accelerate.cases(False)[0][2:])
     rows = [row | {"allocator": "default"} for row in cut]
-    common.save(rows)
+    results.save(rows)
     bench_accelerate.write_curves(Path("out"), "vit_s_16", rows)
     found.clear()
     monkeypatch.setattr(sys, "argv", ["bench_accelerate", "--resume", *words.split()])
@@ -976,7 +981,7 @@ import importlib
 import sys
 import torch
 from triton.runtime.interpreter import InterpretedFunction
-from benches import common, evidence, once
+from benches import evidence, once, results
 from ssl_fast import _op
 
 launched, ran = set(), set()
@@ -1002,7 +1007,7 @@ for op in _op.OPS.values():
         assert ("native", op.name, dtype) in ran, f"no {op.name} on {dtype} by the C++ kernels"
     assert not op.triton or any(("triton", op.name, dtype) in ran for dtype in op.triton_dtypes), op.name
 kernels = set()
-for path in (common.ROOT / "kernels").glob("*.py"):
+for path in (results.ROOT / "kernels").glob("*.py"):
     module = importlib.import_module("ssl_fast.kernels." + path.stem)
     kernels |= {module.__name__ + " " + name for name, value in vars(module).items()
                 if name.endswith("_kernel") and value.fn.__module__ == module.__name__}
@@ -1107,12 +1112,12 @@ def test_a_bench_ends_with_what_started_it(signum, late):
 
 RANKS = """
 import sys
-from benches import bench_ranks, common
+from benches import bench_ranks, machine
 
-common.DEVICE = "cuda"  # as on a machine with a GPU
+machine.DEVICE = "cuda"  # as on a machine with a GPU
 sys.argv = ["bench_ranks", "--worker", "0", "1", sys.argv[1], "64", "32"]
 bench_ranks.main()
-print(common.device_name())
+print(machine.device_name())
 """
 
 
@@ -1120,7 +1125,7 @@ def test_the_bench_of_ranks_is_of_the_cpu(tmp_path):
     command = [sys.executable, "-c", RANKS, str(tmp_path)]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
     found, device = output.splitlines()[-2:]
-    assert json.loads(found)["gather"]["ms"] > 0 and common.cpu_name() in device
+    assert json.loads(found)["gather"]["ms"] > 0 and machine.cpu_name() in device
 
 
 # ---- the peers
@@ -1200,7 +1205,7 @@ def test_a_peer_that_is_not_installed_has_no_provider(monkeypatch):
 
 PEERLESS = """
 import sys
-from benches import common
+from benches import common, results
 
 def setup(shape):
     with common.peer("absent"):
@@ -1209,8 +1214,8 @@ def setup(shape):
         raise AttributeError("no such operator")
     return common.Table("op", shape, [common.Provider("ours", lambda: lambda: None)])
 
-common.ROOT = common.Path(sys.argv.pop())
-common.QUICK_RESULTS, common.RESULTS = (common.ROOT / name for name in ("rows.csv", "tracked.csv"))
+results.ROOT = results.Path(sys.argv.pop())
+results.QUICK_RESULTS, results.RESULTS = (results.ROOT / name for name in ("rows.csv", "tracked.csv"))
 sys.argv.append("--quick")
 sys.modules["__main__"].__spec__ = common.__spec__
 common.main("About.", lambda quick: [("one",), ("two",)], setup)
@@ -1288,17 +1293,17 @@ def test_no_number_of_the_readme_stands_outside_of_the_tables():
 
 
 def test_figures_of_the_tables_are_in_the_csv():
-    cells = {cell for row in csv.reader(common.RESULTS.open()) for cell in row}
+    cells = {cell for row in csv.reader(results.RESULTS.open()) for cell in row}
     shown = [line.split("|")[5].strip() for line in plot.loss_block().splitlines() if line.startswith("| NT-Xent")]
     assert shown and set(shown) <= cells | {"out of memory"}
 
 
 def test_pages_leave_out_the_floors_of_whole_steps(monkeypatch, tmp_path):
-    rows = list(csv.DictReader(common.RESULTS.open()))
+    rows = list(csv.DictReader(results.RESULTS.open()))
     steps = [row for row in rows if row["op"] in ("simclr", "simclr encoder", "moco", "conv_bn")]
     floors = [row | {"provider": common.PRODUCT, "dtype": "other", "x_floor": "1", "ratio": "0.01"} for row in steps]
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "rows.csv")
-    with common.RESULTS.open("w", newline="") as file:
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "rows.csv")
+    with results.RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows + floors)
@@ -1312,16 +1317,16 @@ def test_pages_leave_out_the_floors_of_whole_steps(monkeypatch, tmp_path):
                                 "two_views", "two_views step", "large_batch", "ema"])  # fmt: skip
 def test_pages_show_what_ran_out_of_memory(op, monkeypatch, tmp_path):
     """Each provider of an op in turn, at all of its shapes; and one that failed has no row there, and no such word."""
-    rows = list(csv.DictReader(common.RESULTS.open()))
+    rows = list(csv.DictReader(results.RESULTS.open()))
     measured = ("ms", "ms_p20", "ms_p80", "ratio", "x_floor", "tflops", "gb_per_s", "data_wait", "extra_mb", "error")
     readme = plot.README.read_text()
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "rows.csv")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "rows.csv")
     monkeypatch.setattr(plot, "draw_axes", lambda path: None)  # which is of no rows, and takes seconds
     on_no_page = {*plot.FLOORS, "ssl_fast, forward alone"}
 
     def shown(rows):
-        with common.RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, common.COLUMNS)
+        with results.RESULTS.open("w", newline="") as file:
+            writer = csv.DictWriter(file, results.COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
         return plot.place_block() + plot.large_block() + plot.updated(readme)
@@ -1339,15 +1344,15 @@ def test_pages_show_what_ran_out_of_memory(op, monkeypatch, tmp_path):
 @pytest.mark.parametrize("whole", [False, True])
 def test_pages_show_a_device_of_which_not_all_is_there(whole, monkeypatch, tmp_path):
     """After the first cases of a bench, or where the plain loss ran out of memory at the largest batch."""
-    rows = list(csv.DictReader(common.RESULTS.open()))
+    rows = list(csv.DictReader(results.RESULTS.open()))
     few = [row | {"device": "another"} for row in rows if row["device"] == rows[-1]["device"]]
     if not whole:
         few = [r for r in few if (r["op"], r["dtype"]) in (("nt_xent", "float32"), ("batch_norm", "bfloat16"))]
     for row in few:
         if row["provider"] == "dense PyTorch" and "N=16384" in row["shape"]:
             row |= dict.fromkeys(("ms", "ms_p20", "ms_p80", "ratio", "x_floor", "tflops"), "")
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "rows.csv")
-    with common.RESULTS.open("w", newline="") as file:
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "rows.csv")
+    with results.RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows + few)
@@ -1409,7 +1414,7 @@ def test_pytest_waits_for_the_device(monkeypatch):
         def pedantic(self, step, **_):
             step()
 
-    monkeypatch.setattr(common, "DEVICE", "cuda")
+    monkeypatch.setattr(machine, "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("waited"))
     test_bench(Benchmark(), common.Table("op", "shape", [provider]), provider)
     assert done == ["launched", "waited"]
