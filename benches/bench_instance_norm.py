@@ -20,7 +20,7 @@ from ssl_fast.functional import instance_norm
 from ssl_fast.ops import batch_norm as ops
 from ssl_fast.ops._norms import IDENTITY
 
-SHAPES = ["32x64x128x128", "2x32x64x64x64"]  # a generator's, a U-Net's for volumes
+SHAPES = ["32x64x128x128", "2x32x64x64x64", "256x64x8x8"]  # a generator's, a U-Net's for volumes, many small images
 QUICK = [("8x16x14x14", "float32", "contiguous", True), ("8x16x14x14", "bfloat16", "channels_last", False)]
 PASSES = {"forward": 2, "backward": 3, "both": 5}  # over the activation
 

@@ -55,8 +55,8 @@ void copy_channels(const Optional& values, int64_t channels, float missing, cons
 }
 
 // Rows shorter than this are taken several at a time, as rows of so many more channels: what a line costs beside its
-// elements is then paid once for all of them.
-constexpr int64_t kShortRow = 512;
+// elements is then paid once for all of them. So many lines remain that merging the sums of each costs little beside.
+constexpr int64_t kShortRow = 512, kLeastLines = 64;
 
 void fence() {
 #if defined(__x86_64__)
@@ -86,7 +86,7 @@ struct Task : Problem {
     count = images * area;
     lines = planes ? images : count;
     if (!planes && features % 8 == 0 && count > 0)  // a row's mask ends with a byte
-      while (channels < kShortRow && lines % 2 == 0) {
+      while (channels < kShortRow && lines % 2 == 0 && lines >= 2 * kLeastLines) {
         channels *= 2;
         lines /= 2;
       }
@@ -236,7 +236,8 @@ void merge_sums(const Task& p, double* sums, int64_t split, int64_t first, int64
   if (p.groups == 0) return std::fill(sums + first, sums + first + channels, 0.0);
   for (int64_t g = 1; g < p.groups; ++g)
     for (int64_t k = first; k < first + channels; ++k) sums[k] += sums[g * p.size() + k];
-  for (int64_t k = p.features; k < p.channels; ++k) sums[k % p.features] += sums[k];
+  for (int64_t row = p.features; row < p.channels; row += p.features)
+    for (int64_t c = 0; c < p.features; ++c) sums[c] += sums[row + c];
 }
 
 float* fp32(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
@@ -257,6 +258,14 @@ struct Running {
 // What a float leaves out of a double.
 float remainder(double value) { return static_cast<float>(value - static_cast<float>(value)); }
 
+// Of each feature, the sum of what the splits have.
+std::vector<double> over_splits(const Task& p, const double* of_splits) {
+  std::vector<double> sums(p.features);
+  for (int64_t s = 0; s < p.splits; ++s)
+    for (int64_t c = 0; c < p.features; ++c) sums[c] += of_splits[s * p.channels + c];
+  return sums;
+}
+
 void update_running(const Task& p, const double* mean, const double* m2, const Running& running) {
   if (running.count) ++*static_cast<int64_t*>(running.count->data_ptr());
   if (p.count == 0 || !(running.mean || running.var)) return;
@@ -266,11 +275,9 @@ void update_running(const Task& p, const double* mean, const double* m2, const R
   const auto follow = [&](const Optional& values, const double* of_splits, double factor) {
     if (!values) return;
     float* const out = fp32(*values);
-    for (int64_t c = 0; c < p.features; ++c) {
-      double sum = 0;
-      for (int64_t s = 0; s < p.splits; ++s) sum += of_splits[s * p.channels + c];
-      out[c] = static_cast<float>(out[c] + weight * (sum * factor / static_cast<double>(p.splits) - out[c]));
-    }
+    const std::vector<double> sums = over_splits(p, of_splits);
+    for (int64_t c = 0; c < p.features; ++c)
+      out[c] = static_cast<float>(out[c] + weight * (sums[c] * factor / static_cast<double>(p.splits) - out[c]));
   };
   follow(running.mean, mean, 1.0);
   follow(running.var, m2, unbiased);
@@ -312,18 +319,24 @@ struct Arrays {
   void set(const Task& p, const float* stats, int64_t split, int64_t first, int64_t channels) const {
     const float *mean = stats + split * p.features, *low = mean + p.splits * p.features;
     const float* invstd = low + p.splits * p.features;
-    for (int64_t k = first; k < first + channels; ++k) {
-      const int64_t c = k % p.features, to = split * stride + k;
-      const float scale = w[c] * invstd[c];
-      array(p, 0)[to] = mean[c];
-      array(p, 1)[to] = scale;
-      array(p, 2)[to] = static_cast<float>(b[c] - static_cast<double>(low[c]) * scale);
-    }
+    const int64_t last = std::min(first + channels, p.features);
+    float *const means = array(p, 0) + split * stride, *const scales = array(p, 1) + split * stride;
+    float* const shifts = array(p, 2) + split * stride;
+    for (int64_t row = 0; row < p.channels; row += p.features)  // one alone, unless a block has all channels
+      for (int64_t c = first; c < last; ++c) {
+        const float scale = w[c] * invstd[c];
+        means[row + c] = mean[c];
+        scales[row + c] = scale;
+        shifts[row + c] = static_cast<float>(b[c] - static_cast<double>(low[c]) * scale);
+      }
   }
-  void set(const Task& p, const Tensor& stats) const {
+  void check(const Task& p, const Tensor& stats) const {
     STD_TORCH_CHECK(stats.is_cpu() && stats.scalar_type() == ScalarType::Float && stats.is_contiguous() &&
                         stats.numel() == 3 * p.splits * p.features,
                     "batch_norm (native CPU): stats must be contiguous float32 of shape (3, S, C) on the CPU");
+  }
+  void set(const Task& p, const Tensor& stats) const {
+    check(p, stats);
     for (int64_t s = 0; s < p.splits; ++s) set(p, fp32(stats), s, 0, p.channels);
   }
 
@@ -462,7 +475,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& dy, cons
                                                           bool need_dx, bool need_dresidual) {
   Task p = backward_task(dy, x, residual, mask, stats, activation);
   const Arrays arrays(p, weight, bias, 5);
-  arrays.set(p, stats);
+  const bool at_once = !means && p.groups == 1;  // a block sets the arrays of its channels, which no other has
+  if (at_once)
+    arrays.check(p, stats);
+  else
+    arrays.set(p, stats);
   check_fp32(means, 2 * p.splits * p.features, "means");
   Tensor dx = need_dx ? output_like(x) : empty({0}), dresidual = need_dresidual ? output_like(x) : empty({0});
   float *const slope = arrays.array(p, 3), *const offset = arrays.array(p, 4);
@@ -494,21 +511,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& dy, cons
   }
   const Pair sums(p);
   const double n = static_cast<double>(std::max<int64_t>(p.count, 1));
-  p.two_sweeps(sums.first, sums.second, sums_of, [&](int64_t split, int64_t first, int64_t channels) {
+  const auto sum = [&](const Task&, const Block& b, double* dz, double* dz_x, float* work) {
+    if (at_once) arrays.set(p, fp32(stats), b.split, b.first_channel, b.channels);
+    sums_of(p, b, dz, dz_x, work);
+  };
+  p.two_sweeps(sums.first, sums.second, sum, [&](int64_t split, int64_t first, int64_t channels) {
     finish_sums(p, fp32(stats), sums.first, sums.second, split, first, channels);
     for (int64_t c = first; c < std::min(first + channels, p.features); ++c)
       set_slopes(split, c, sums.first[split * p.channels + c] / n, sums.second[split * p.channels + c] / n);
   }, backward);
   Tensor dweight = empty({p.features}), dbias = empty({p.features});
-  for (int64_t c = 0; c < p.features; ++c) {
-    double dz = 0, dz_xhat = 0;
-    for (int64_t s = 0; s < p.splits; ++s) {
-      dz += sums.first[s * p.channels + c];
-      dz_xhat += sums.second[s * p.channels + c];
-    }
-    fp32(dbias)[c] = static_cast<float>(dz);
-    fp32(dweight)[c] = static_cast<float>(dz_xhat);
-  }
+  const std::vector<double> dz = over_splits(p, sums.first), dz_xhat = over_splits(p, sums.second);
+  std::copy(dz.begin(), dz.end(), fp32(dbias));
+  std::copy(dz_xhat.begin(), dz_xhat.end(), fp32(dweight));
   return {std::move(dx), std::move(dresidual), std::move(dweight), std::move(dbias)};
 }
 

@@ -321,11 +321,10 @@ def _check(
 
 
 def _shape_of(normalized_shape: Any) -> tuple[int, ...]:
-    if isinstance(normalized_shape, int):
-        return (normalized_shape,)
     sizes = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
-    if any(not isinstance(size, (int, numbers.Integral, torch.SymInt)) or isinstance(size, bool) for size in sizes):
-        raise TypeError(f"normalized_shape: got {normalized_shape!r}, allowed: a whole number, or several")
+    for size in sizes:
+        if not isinstance(size, (int, numbers.Integral, torch.SymInt)) or isinstance(size, bool):
+            raise TypeError(f"normalized_shape: got {normalized_shape!r}, allowed: a whole number, or several")
     return tuple(sizes)
 
 
