@@ -1,7 +1,7 @@
 """`pytest benches/`: every provider of every bench at its quick shapes, through pytest-benchmark.
 
 `-k nt_xent` takes one op, `--device cpu` leaves a GPU alone, `--benchmark-json FILE` keeps the figures. They are not
-interleaved: for rows of results.csv run `ssl-fast bench`.
+interleaved: for rows of results.csv run `ssl-fast bench`, whose word on a provider that failed is a traceback here.
 """
 
 from __future__ import annotations
