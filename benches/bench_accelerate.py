@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ssl_fast
-from benches import common
+from benches import common, machine, processes, results, timing
+from benches.memory import extra_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROVIDERS = ("eager", "ssl_fast.accelerate")
@@ -80,20 +81,20 @@ def truth(name: str, batch: int, pixels: int, steps: int) -> list[float]:
     return [step() for _ in range(steps)]
 
 
-def bench(name: str, dtype: str, batch: int, pixels: int, steps: int, exact: list[float]) -> list[common.Row]:
+def bench(name: str, dtype: str, batch: int, pixels: int, steps: int, exact: list[float]) -> list[results.Row]:
     """The two trainers in turn, step by step: every step is timed, and gives a point of the curve."""
     trainers = {p: trainer(name, dtype, p != "eager", batch, pixels) for p in PROVIDERS}
     curves: dict[str, list[float]] = {p: [] for p in PROVIDERS}
     timed = {p: (lambda p=p: curves[p].append(trainers[p]())) for p in PROVIDERS}
     product = common.square_product(dtype)
-    times = common.interleave({**timed, product.name: product.build()}, seconds=0, rounds=steps - 1, slow=1e9)
+    times = timing.interleave({**timed, product.name: product.build()}, seconds=0, rounds=steps - 1, slow=1e9)
     flop = common.flop_of(partial(untrained, name, pixels), batch, 3, pixels, pixels, backward=True)
-    at_full_pace = common.timing(times[product.name])["ms"] * flop / common.SQUARE
-    rows: list[common.Row] = []
+    at_full_pace = timing.summary(times[product.name])["ms"] * flop / common.SQUARE
+    rows: list[results.Row] = []
     table = table_of(name, dtype, batch, pixels)
     for provider in PROVIDERS:
         row = {"op": table.op, "shape": table.shape, "dtype": table.providers[0].dtype, "provider": provider}
-        row |= {"curve": curves[provider], **common.timing(times[provider])}
+        row |= {"curve": curves[provider], **timing.summary(times[provider])}
         row["error"] = statistics.mean(abs(a - b) / b for a, b in zip(curves[provider], exact, strict=True))
         row |= {"ratio": row["ms"] / (rows or [row])[0]["ms"], "to": PROVIDERS[0]}
         row |= {"x_floor": row["ms"] / at_full_pace, "tflops": flop / row["ms"] / 1e9}
@@ -105,7 +106,7 @@ def memory(provider: str, name: str, dtype: str, batch: int, pixels: int) -> flo
     """MB that the second step adds to the peak: the first has allocated what stays."""
     step = trainer(name, dtype, provider != "eager", batch, pixels)
     step()
-    return common.extra_memory(step)
+    return extra_memory(step)
 
 
 def table_of(name: str, dtype: str, batch: int, pixels: int) -> common.Table:
@@ -119,7 +120,7 @@ def child(allocator: str, what: str, *given: Any) -> Any:
     import timm  # noqa: F401, once, for every fork
 
     worker = ["--worker", json.dumps([what, *given])]
-    return common.apart(lambda: WORKS[what](*given), __spec__.name, worker, allocator)
+    return processes.apart(lambda: WORKS[what](*given), __spec__.name, worker, allocator)
 
 
 WORKS: dict[str, Callable[..., Any]] = {"bench": bench, "memory": memory, "truth": truth}
@@ -134,7 +135,7 @@ def cases(quick: bool) -> list[tuple[str, str, int, int]]:
         if DEVICE == "cuda":
             return 128, 224
         # Where a CPU has no instructions for it, torch's bf16 convolutions and products take 20 times fp32's time.
-        if dtype == "bfloat16" and common.instruction_set() != "AMX-BF16":
+        if dtype == "bfloat16" and machine.instruction_set() != "AMX-BF16":
             return 4, 64
         return (16, 128) if name == "resnet50" else (8, 224)
 
@@ -153,7 +154,7 @@ def main() -> None:
         what, *given = json.loads(arguments.worker)
         print(json.dumps(WORKS[what](*given)))
         return
-    print(f"A training step on {common.device_name()}, {torch.get_num_threads()} threads")
+    print(f"A training step on {machine.device_name()}, {torch.get_num_threads()} threads")
     steps, failed = 3 if arguments.quick else STEPS, list[str]()
     for name, dtype, batch, pixels in cases(arguments.quick):
         table, exact = table_of(name, dtype, batch, pixels), None
@@ -162,7 +163,7 @@ def main() -> None:
         for allocator in ("default", "warm") if DEVICE == "cpu" and not arguments.quick else ("default",):
             if arguments.resume and common.saved(table, allocator, arguments.quick):
                 continue
-            with common.going_on(f"{table.shape}, {dtype}, allocator {allocator}", failed):
+            with processes.going_on(f"{table.shape}, {dtype}, allocator {allocator}", failed):
                 exact = exact or child("default", "truth", name, batch, pixels, steps)
                 measured = child(allocator, "bench", name, dtype, batch, pixels, steps, exact)
                 for row in measured:
@@ -170,15 +171,15 @@ def main() -> None:
                     row["allocator"] = allocator
                 print(f"\n{table.shape}, {dtype}, allocator {allocator}; error: of the losses, against fp64")
                 columns = ("provider", "ms", "ms_p20", "ms_p80", "ratio", "x_floor", "extra_mb", "error")
-                print(common.table(measured, columns), flush=True)
-                common.save(measured, arguments.quick)
+                print(results.table(measured, columns), flush=True)
+                results.save(measured, arguments.quick)
                 if not arguments.quick:
                     write_curves(arguments.out, name, measured)
     if failed:
         sys.exit(f"without rows: {'; '.join(failed)}")
 
 
-def write_curves(folder: Path, name: str, rows: list[common.Row]) -> None:
+def write_curves(folder: Path, name: str, rows: list[results.Row]) -> None:
     """In the place of those of the same dtype and allocator."""
     path = folder / f"accelerate_{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ssl_fast
-from benches import common
-from benches.common import DEVICE, Provider, Table
+from benches import common, timing
+from benches.common import Provider, Table
+from benches.machine import DEVICE
 
 SHAPES = [(256, 8192), (256, 16384), (2048, 1024), (1024, 8192)]
 GPU_SHAPES = [(256, 8192), (2048, 8192), (2048, 16384), (8192, 8192), (4096, 2048)]
@@ -46,7 +46,7 @@ def by_rows(z_a: Tensor, z_b: Tensor) -> Tensor:
 def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """The providers, by name."""
     found = {"ssl_fast": ssl_fast.BarlowTwinsLoss(), "dense PyTorch": dense, "torch.compile": torch.compile(dense)}
-    with contextlib.suppress(ImportError):
+    with common.peer("lightly"):
         from lightly.loss import BarlowTwinsLoss
 
         found["lightly"] = BarlowTwinsLoss()
@@ -60,7 +60,7 @@ def embeddings(N: int, D: int) -> tuple[Tensor, Tensor]:
     return z_a.to(DEVICE).requires_grad_(), z_b.to(DEVICE).requires_grad_()
 
 
-def three_products(N: int, D: int) -> common.Step:
+def three_products(N: int, D: int) -> timing.Step:
     """What the shorter side asks for: C, or the triangles of two Grams, forward; a gradient for each view backward."""
     kept = torch.empty(min(N, D), min(N, D), device=DEVICE)
     z = torch.randn(max(N, D), min(N, D), device=DEVICE)
@@ -68,7 +68,7 @@ def three_products(N: int, D: int) -> common.Step:
 
 
 def provider(name: str, loss: Callable[[Tensor, Tensor], Tensor], N: int, D: int) -> Provider:
-    def build() -> common.Step:
+    def build() -> timing.Step:
         z_a, z_b = embeddings(N, D)
 
         def step() -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benches import common
-from benches.common import DEVICE, Step, Table
+from benches.common import Table
+from benches.machine import DEVICE
 from benches.norms import Given, norm_table
+from benches.timing import Step
 from ssl_fast.functional import batch_norm
 from ssl_fast.ops import batch_norm as ops
 from ssl_fast.ops._norms import RELU

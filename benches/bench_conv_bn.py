@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 import ssl_fast
-from benches import common
-from benches.common import DEVICE, Provider, Step, Table
+from benches import common, results
+from benches.common import Provider, Table
 from benches.fold_models import calibrated
+from benches.machine import DEVICE
+from benches.timing import Step
 
 SIZE = 224 if DEVICE == "cuda" else 64
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -142,5 +144,5 @@ def setup(name: str, *of_a_forward: Any) -> Table:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(common.ROOT / "out/bench/inductor"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(results.ROOT / "out/bench/inductor"))
     common.main(__doc__, cases, setup, seconds=3.0, allocators=("default",))

@@ -1,4 +1,4 @@
-"""EMA of ResNet-50's parameters, and of many tiny tensors, against plain PyTorch, timm, and a copy of as many bytes.
+"""EMA of ResNet-50's parameters, and of many tiny tensors, against PyTorch, timm, ema-pytorch and a copy of the bytes.
 
 "ssl_fast EMA" and "timm ModelEmaV3" are the classes, with their walk over the module. In bf16 timm rounds
 stochastically, as ours does when told to; otherwise ours keeps fp32 masters, 12 bytes a parameter instead of 6.
@@ -9,8 +9,6 @@ at a sixteenth of its width.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,7 +19,9 @@ from torch import Tensor, nn
 
 import ssl_fast
 from benches import common
-from benches.common import DEVICE, Provider, Step, Table
+from benches.common import Provider, Table
+from benches.machine import DEVICE
+from benches.timing import Step
 from ssl_fast.ops import ema
 
 MOMENTUM = 0.999
@@ -107,10 +107,8 @@ def lightly_names(targets: Tensors, sources: Tensors) -> tuple[Step, Tensors]:
     return lambda: ssl_fast.update_momentum(model, average, MOMENTUM), list(average)
 
 
-def ema_pytorch(targets: Tensors, sources: Tensors) -> tuple[Step, Tensors]:
-    """ema-pytorch's class past its first two steps, which copy."""
-    from ema_pytorch import EMA
-
+def of_ema_pytorch(EMA: Any, targets: Tensors, sources: Tensors) -> tuple[Step, Tensors]:
+    """ema-pytorch's class in its faster way, with the same momentum at every step, past its first two, which copy."""
     average, model = (nn.ParameterList(nn.Parameter(t) for t in side) for side in (targets, sources))
     kept = {"beta": MOMENTUM, "min_value": MOMENTUM, "update_after_step": 0, "update_every": 1, "use_foreach": True}
     averaged = EMA(model, average, **kept)
@@ -153,12 +151,14 @@ def updates(dtype: str) -> dict[str, Callable[[Tensors, Tensors], tuple[Step, Te
         steps["ssl_fast EMA, stochastic"] = partial(of_modules, rounded)
     else:
         steps |= {"ssl_fast EMA": average, "ssl_fast update_momentum": lightly_names}
-    with contextlib.suppress(ImportError):
+    with common.peer("timm"):
         from timm.utils import ModelEmaV3
 
         steps["timm ModelEmaV3"] = partial(of_modules, partial(ModelEmaV3, decay=MOMENTUM))
-    if importlib.util.find_spec("ema_pytorch"):
-        steps["ema-pytorch"] = ema_pytorch
+    with common.peer("ema-pytorch"):
+        from ema_pytorch import EMA
+
+        steps["ema-pytorch"] = partial(of_ema_pytorch, EMA)
     return steps
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ssl_fast
-from benches import common
+from benches import common, timing
 from benches.bench_nt_xent import dense_bf16_runs
-from benches.common import DEVICE, Provider, Table
+from benches.common import Provider, Table
+from benches.machine import DEVICE
 
 TEMPERATURE = 0.07
 # N rows, K columns, D.
@@ -53,11 +53,11 @@ def queue_losses(queue: Tensor) -> dict[str, Loss]:
         "mm + cat + cross_entropy": lambda q, k: moco(q, k, transposed),
         "torch.compile": lambda q, k: torch.compile(moco)(q, k, transposed),
     }
-    with contextlib.suppress(ImportError):
+    with common.peer("info-nce-pytorch"):
         from info_nce import info_nce as peer
 
         found["info-nce-pytorch"] = lambda q, k: peer(q, k, queue, TEMPERATURE)
-    with contextlib.suppress(ImportError):
+    with common.peer("lightly"):
         from lightly.loss import NTXentLoss
 
         criterion = NTXentLoss(TEMPERATURE, memory_bank_size=tuple(queue.shape)).to(queue.device)
@@ -81,7 +81,7 @@ def clip_losses() -> dict[str, Loss]:
         "dense PyTorch": dense_clip,
         "torch.compile": torch.compile(dense_clip),
     }
-    with contextlib.suppress(ImportError):
+    with common.peer("open_clip"):
         from open_clip.loss import ClipLoss
 
         criterion = ClipLoss()
@@ -92,14 +92,14 @@ def clip_losses() -> dict[str, Loss]:
 def blockwise_clip_losses() -> dict[str, Loss]:
     """Peers that refuse tensors of a CPU; both multiply in TF32 where inputs are fp32."""
     found: dict[str, Loss] = {}
-    with contextlib.suppress(ImportError):
+    with common.peer("inf-cl"):
         from inf_cl import cal_flash_loss
 
         def one_way(x: Tensor, y: Tensor) -> Tensor:
             return cal_flash_loss(x, y, scale=1 / TEMPERATURE, head_dim=min(256, x.shape[1])).mean()
 
         found["inf-cl"] = lambda image, text: (one_way(image, text) + one_way(text, image)) / 2
-    with contextlib.suppress(ImportError):
+    with common.peer("memeff"):
         from memeff import MemoryEfficientCLIPLoss
 
         # Unless told otherwise its gradients are another multiple of the loss's.
@@ -129,7 +129,7 @@ def sup_con_losses() -> dict[str, Loss]:
         "dense PyTorch": dense_sup_con,
         "torch.compile": torch.compile(dense_sup_con),
     }
-    with contextlib.suppress(ImportError):
+    with common.peer("pytorch-metric-learning"):
         from pytorch_metric_learning.losses import SupConLoss
 
         criterion = SupConLoss(TEMPERATURE)
@@ -158,7 +158,7 @@ def losses(op: str, queue: Tensor) -> dict[str, Loss]:
 
 
 def provider(name: str, op: str, N: int, K: int, D: int, dtype: str) -> Provider:
-    def build() -> common.Step:
+    def build() -> timing.Step:
         a, b, queue = inputs(op, N, K, D, dtype)
         loss = losses(op, queue)[name]
 

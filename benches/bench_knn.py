@@ -8,7 +8,6 @@ are those of 1,000 clusters, whose members lie together in the bank, as in a fol
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -18,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benches import common
-from benches.common import DEVICE, Provider, Step, Table
+from benches.common import Provider, Table
+from benches.machine import DEVICE
+from benches.timing import Step
 from ssl_fast.knn import nearest_neighbours
 
 FLOOR = "matrix products"
@@ -73,7 +74,7 @@ def setup(bank: int, queries: int, width: int, k: int) -> Table:
         return float((exact.gather(1, search(keys, some, k)) - exact.topk(k).values).abs().max())
 
     searches = {"ssl_fast": ours}
-    with contextlib.suppress(ImportError):
+    with common.peer("scikit-learn"):
         import sklearn.neighbors  # noqa: F401
 
         searches["scikit-learn, brute"] = scikit_learn

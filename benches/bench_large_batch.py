@@ -23,8 +23,10 @@ import csv
 import json
 import resource
 import statistics
+import sys
 import tempfile
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benches import common
+from benches import machine, processes, results
 from ssl_fast import CachedStep, SimCLR, accelerate
 from ssl_fast.augment import TwoViews
 from ssl_fast.backbones import ConvNet
@@ -132,47 +134,54 @@ def restrict(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (room, room))
 
 
-def steps(batches: tuple[int, ...], limit: str, micro: int, seconds: float, quick: bool, done: set[str]) -> None:
-    """Rows are saved batch by batch; shapes that are `done` are left out."""
+def found_apart(*given: Any) -> dict[str, Any]:
+    """What `run` gives, in a process of its own; nothing where memory runs out."""
+    try:
+        return processes.apart(partial(run, *given), __spec__.name, ["--worker", json.dumps(given)])
+    except ChildProcessError as error:
+        if error.errno is None:
+            raise
+        return {}  # ended by a signal: memory ran out where no exception could be thrown
+
+
+def steps(batches: tuple[int, ...], limit: str, micro: int, seconds: float, quick: bool, done: set[str]) -> list[str]:
+    """Rows are saved batch by batch; shapes that are `done` are left out. Returns what failed, which has no rows."""
+    failed: list[str] = []
     name = "ResNet-50" if PIXELS > 64 else "ResNet-8"
     largest = dict.fromkeys(PROVIDERS, 0)
     for batch in batches:
-        shape, rows = f"{name} {PIXELS}px batch={batch} in {limit}", list[common.Row]()
+        shape, rows = f"{name} {PIXELS}px batch={batch} in {limit}", list[results.Row]()
         if shape in done:
             print(f"{shape}: measured before", flush=True)
             continue
         for provider in PROVIDERS:
-            given = [provider, batch, PIXELS, limit, micro, seconds]
-            try:
-                worker = ["--worker", json.dumps(given)]
-                found = common.apart(partial(run, *given), __spec__.name, worker)
-            except ChildProcessError as error:
-                if error.errno is None:
-                    raise
-                found = {}  # ended by a signal: memory ran out where no exception could be thrown
-            row = {"op": "large_batch", "shape": shape, "provider": provider}
-            row |= {"dtype": "bfloat16 autocast" if DEVICE.type == "cuda" else "float32", "allocator": "default"}
-            row |= {"batch": batch, **found, "images/s": "out of memory", "peak MB": "", "to": PROVIDERS[0]}
-            if found:
-                row |= {"images/s": f"{batch / found['ms'] * 1e3:.1f}", "peak MB": f"{found['extra_mb']:.0f}"}
-            rows.append(row)
-            if "ms" in row and "ms" in rows[0]:
-                row["ratio"] = row["ms"] / rows[0]["ms"]
-            if "ms" in row:
-                largest[provider] = max(largest[provider], batch)
-            print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
-        common.save(rows, quick)
+            with processes.going_on(f"large_batch, {shape}, {provider}", failed):
+                found = found_apart(provider, batch, PIXELS, limit, micro, seconds)
+                row = {"op": "large_batch", "shape": shape, "provider": provider}
+                row |= {"dtype": "bfloat16 autocast" if DEVICE.type == "cuda" else "float32", "allocator": "default"}
+                row |= {"batch": batch, **found, "images/s": "out of memory", "peak MB": "", "to": PROVIDERS[0]}
+                if found:
+                    row |= {"images/s": f"{batch / found['ms'] * 1e3:.1f}", "peak MB": f"{found['extra_mb']:.0f}"}
+                    largest[provider] = max(largest[provider], batch)
+                rows.append(row)
+                if "ms" in row and "ms" in rows[0] and rows[0]["provider"] == PROVIDERS[0]:
+                    row["ratio"] = row["ms"] / rows[0]["ms"]
+                print(results.table([row], COLUMNS).splitlines()[-1], flush=True)
+        results.save(rows, quick)
     print(f"\nThe largest of these batches within {limit}:")
     for provider, batch in largest.items():
         print(f"  {provider:22}{batch}")
+    return failed
 
 
 def measured() -> set[str]:
-    """The shapes that results.csv has of this commit and device."""
-    here = common.conditions()
+    """The shapes that results.csv has of this commit and device, for every provider."""
+    here = results.conditions()
     same = ("device", "threads", "torch", "commit")
-    with common.RESULTS.open(newline="") as file:
-        return {row["shape"] for row in csv.DictReader(file) if all(row[k] == str(here[k]) for k in same)}
+    with results.RESULTS.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if all(row[k] == str(here[k]) for k in same)]
+    found = Counter(row["shape"] for row in rows)
+    return {shape for shape, providers in found.items() if providers == len(PROVIDERS)}
 
 
 # ---- live batch norm
@@ -189,7 +198,7 @@ def gradient(network: SimCLR, views: tuple[Tensor, Tensor], micro_batch: int) ->
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
-def cosines(batch: int, sizes: tuple[int, ...], trained: int) -> list[common.Row]:
+def cosines(batch: int, sizes: tuple[int, ...], trained: int) -> list[results.Row]:
     """Of the gradient against that of the whole batch, for a random network and one after some steps."""
     data, draw = load_data("digits"), TwoViews("digits", 8, seed=1)
     network, rows = digits_network(), []
@@ -202,7 +211,7 @@ def cosines(batch: int, sizes: tuple[int, ...], trained: int) -> list[common.Row
         views = draw(data.train.images[:batch], torch.arange(batch), 0)
         whole = gradient(network, views, batch)
         other = gradient(network, draw(data.train.images[:batch], torch.arange(batch), 1), batch)
-        row: common.Row = {"steps before": after, "other views": F.cosine_similarity(whole, other, dim=0).item()}
+        row: results.Row = {"steps before": after, "other views": F.cosine_similarity(whole, other, dim=0).item()}
         for size in sizes:
             row[f"{size}"] = F.cosine_similarity(whole, gradient(network, views, size), dim=0).item()
             rows.append(
@@ -214,7 +223,7 @@ def cosines(batch: int, sizes: tuple[int, ...], trained: int) -> list[common.Row
                     "error": 1 - row[f"{size}"],
                 }
             )
-        print(common.table([row], row).splitlines()[-1] if after else common.table([row], row), flush=True)
+        print(results.table([row], row).splitlines()[-1] if after else results.table([row], row), flush=True)
     return rows
 
 
@@ -247,22 +256,24 @@ def main() -> None:
     if args.worker:
         print(json.dumps(run(*json.loads(args.worker))))
         return
-    parts = (args.part,) if args.part else ("steps", "cosines", "knn")
-    print(f"{common.device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n", flush=True)
+    parts, failed = (args.part,) if args.part else ("steps", "cosines", "knn"), list[str]()
+    print(f"{machine.device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n", flush=True)
     if "steps" in parts:
         small: tuple[Any, ...] = ((64, 512), "1200MiB", 64, 0.0)
         batches, limit, micro, seconds = small if args.quick else (BATCHES, LIMIT, MICRO, 4.0)
         print(f"A step of SimCLR within {limit}; the cached step in micro-batches of {micro}: {', '.join(COLUMNS)}")
         done = measured() if args.resume else set()
-        steps(batches, limit, micro, seconds, args.quick, done)
+        failed = steps(batches, limit, micro, seconds, args.quick, done)
     if "cosines" in parts:
         print("\nCosine with the whole batch's gradient, by micro-batch, batch norm live; ConvNet on digits")
         rows = cosines(128, (64, 16), 5) if args.quick else cosines(1024, (512, 256, 128, 64, 32, 16, 8), 100)
-        common.save(rows, args.quick)
+        results.save(rows, args.quick)
     if "knn" in parts:
         batch, epochs, seeds = (700, 2, 1) if args.quick else (700, 50, 2)
         print(f"\nkNN accuracy on digits after {epochs} epochs of batch {batch}, batch norm live", flush=True)
         knn(batch, (None, 100) if args.quick else (None, 100, 32, 8), epochs, seeds)
+    if failed:
+        sys.exit(f"without rows: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ are those of kept outputs.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benches import common
-from benches.common import DEVICE, Step, Table
+from benches.common import Table
+from benches.machine import DEVICE
 from benches.norms import Given, Norm, norm_table
+from benches.timing import Step
 from ssl_fast.functional import layer_norm
 from ssl_fast.ops import layer_norm as ops
 from ssl_fast.ops._norms import IDENTITY
@@ -56,17 +56,17 @@ def peers() -> dict[str, Norm]:
     """Of tokens, on a GPU."""
     found: dict[str, Norm] = {}
     if DEVICE == "cuda":
-        with contextlib.suppress(ImportError):
+        with common.peer("apex"):
             from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 
             found["apex"] = lambda x, weight, bias: fused_layer_norm_affine(
                 x, weight.to(x.dtype), bias.to(x.dtype), weight.shape, 1e-6
             )
-        with contextlib.suppress(ImportError):
+        with common.peer("Liger"):
             from liger_kernel.transformers.functional import liger_layer_norm
 
             found["Liger"] = lambda x, weight, bias: liger_layer_norm(x, weight.to(x.dtype), bias.to(x.dtype), 1e-6)
-        with contextlib.suppress(ImportError):
+        with common.peer("quack"):
             from quack.layernorm import layernorm_fwd
 
             found["quack"] = lambda x, weight, bias: layernorm_fwd(x, weight, bias, 1e-6)

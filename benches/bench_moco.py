@@ -13,7 +13,6 @@ trace and a picture of one step of ours instead.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from functools import cache, partial
 
@@ -22,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benches import common
-from benches.common import DEVICE, Provider, Step, Table
+from benches.common import Provider, Table
+from benches.machine import DEVICE
+from benches.timing import Step
 from ssl_fast import MoCo
 from ssl_fast.backbones import ConvNet
 
@@ -145,7 +146,7 @@ def setup(N: int, K: int, size: int) -> Table:
         return common.relative_error(losses[:1], losses[1:])
 
     names = [PLAIN, OURS]
-    with contextlib.suppress(ImportError):
+    with common.peer("lightly"):
         import lightly.loss  # noqa: F401
 
         names.append(LIGHTLY)

@@ -20,7 +20,9 @@ from torch.nn import functional as F
 import ssl_fast
 import ssl_fast.nn as fast
 from benches import common
-from benches.common import DEVICE, Provider, Step, Table
+from benches.common import Provider, Table
+from benches.machine import DEVICE
+from benches.timing import Step
 from ssl_fast.functional import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 COPIES = 2.5  # x, y; dy, x, dx: what a norm's forward and backward pass cannot go below

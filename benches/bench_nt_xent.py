@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 
@@ -15,8 +14,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import ssl_fast
-from benches import common
-from benches.common import DEVICE, Provider, Table
+from benches import common, machine, timing
+from benches.common import Provider, Table
+from benches.machine import DEVICE
 from ssl_fast.ops.nt_xent import nt_xent_fwd
 
 TEMPERATURE = 0.1
@@ -54,7 +54,7 @@ def dense_bf16(z1: Tensor, z2: Tensor) -> Tensor:
 
 def dense_bf16_runs() -> bool:
     """Elsewhere PyTorch's bf16 product is a hundred times slower than its fp32 one: minutes for the larger shapes."""
-    return DEVICE == "cuda" or common.instruction_set() == "AMX-BF16"
+    return DEVICE == "cuda" or machine.instruction_set() == "AMX-BF16"
 
 
 def losses(N: int, D: int) -> dict[str, Loss]:
@@ -62,12 +62,12 @@ def losses(N: int, D: int) -> dict[str, Loss]:
     found: dict[str, Loss] = {"ssl_fast": ssl_fast.NTXentLoss(TEMPERATURE), "dense PyTorch": dense}
     if N <= 4096:  # beyond, what it takes is not asked for beforehand
         found["torch.compile"] = torch.compile(dense)
-    with contextlib.suppress(ImportError):
+    with common.peer("lightly"):
         from lightly.loss import NTXentLoss
 
         found["lightly"] = NTXentLoss(TEMPERATURE)
     if (N, D) == PEER_SHAPE:
-        with contextlib.suppress(ImportError):
+        with common.peer("pytorch-metric-learning"):
             from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
 
             found["pytorch-metric-learning"] = SelfSupervisedLoss(NTXentLoss(TEMPERATURE))
@@ -83,7 +83,7 @@ def embeddings(N: int, D: int, dtype: str) -> tuple[Tensor, Tensor]:
 
 
 def provider(name: str, loss: Loss, dtype: str, N: int, D: int) -> Provider:
-    def build() -> common.Step:
+    def build() -> timing.Step:
         z1, z2 = embeddings(N, D, dtype)
 
         def step() -> None:
@@ -116,7 +116,7 @@ def truth(N: int, D: int, dtype: str) -> Tensor:
     return torch.autograd.grad(loss, z1)[0]
 
 
-def forward_alone(N: int, D: int) -> common.Step:
+def forward_alone(N: int, D: int) -> timing.Step:
     z1, z2 = (z.detach() for z in embeddings(N, D, "float32"))
     t = torch.tensor(TEMPERATURE, device=DEVICE)
     return lambda: nt_xent_fwd(z1, z2, t, True, 1)

@@ -10,7 +10,6 @@ shape at a sixteenth of its width.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 
 from benches import common
 from benches.bench_ema import resnet50_shapes
-from benches.common import DEVICE, Provider, Step, Table
+from benches.common import Provider, Table
+from benches.machine import DEVICE
+from benches.timing import Step
 from ssl_fast.optim import LARS, parameter_groups
 
 LR, MOMENTUM, DECAY, ETA = 0.3, 0.9, 1e-6, 1e-3
@@ -50,11 +51,11 @@ class PlainLARS:
 def optimizers() -> dict[str, Optimizer]:
     """By provider; each takes groups, in which weight decay and adaptation go together."""
     found: dict[str, Optimizer] = {"plain PyTorch": PlainLARS, "ssl_fast": partial(LARS, lr=LR, eta=ETA)}
-    with contextlib.suppress(ImportError):
+    with common.peer("lightly"):
         from lightly.utils.lars import LARS as of_lightly
 
         found["lightly"] = partial(of_lightly, lr=LR, momentum=MOMENTUM, trust_coefficient=ETA)
-    with contextlib.suppress(ImportError):
+    with common.peer("timm"):
         from timm.optim.lars import Lars
 
         found["timm"] = partial(Lars, lr=LR, momentum=MOMENTUM, trust_coeff=ETA)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benches import common
+from benches import machine, memory, results, timing
 from ssl_fast.functional import nt_xent
 
 STRATEGIES = ("gather", "ring")
@@ -37,16 +37,16 @@ def worker(rank: int, world: int, folder: str, N: int, D: int) -> None:
     for strategy in STRATEGIES:
         step(strategy, 8)
     for strategy in STRATEGIES[::-1]:  # freed memory that the heap keeps would hide what comes after
-        found[strategy] = {"extra_mb": common.extra_memory(lambda strategy=strategy: step(strategy))}
-    times = common.interleave({s: lambda s=s: step(s) for s in STRATEGIES}, seconds=0, rounds=3, slow=1e9)
+        found[strategy] = {"extra_mb": memory.extra_memory(lambda strategy=strategy: step(strategy))}
+    times = timing.interleave({s: lambda s=s: step(s) for s in STRATEGIES}, seconds=0, rounds=3, slow=1e9)
     for strategy in STRATEGIES:
-        found[strategy] |= common.timing(times[strategy])
+        found[strategy] |= timing.summary(times[strategy])
     if rank == 0:
         print(json.dumps(found))
     dist.destroy_process_group()
 
 
-def bench(world: int, N: int, D: int) -> list[common.Row]:
+def bench(world: int, N: int, D: int) -> list[results.Row]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benches.bench_ranks", "--worker"]
         arguments = [[str(rank), str(world), folder, str(N), str(D)] for rank in range(world)]
@@ -68,16 +68,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    common.DEVICE = "cpu"  # as the tensors that gloo sends, where there is a GPU too
+    machine.DEVICE = "cpu"  # as the tensors that gloo sends, where there is a GPU too
     if arguments.worker:
         rank, world, folder, N, D = arguments.worker
         worker(int(rank), int(world), folder, int(N), int(D))
         return
-    rows: list[common.Row] = []
+    rows: list[results.Row] = []
     for world, N, D in [(2, 64, 32)] if arguments.quick else [(2, 1024, 1024), (4, 1024, 1024)]:
         rows += [row | {"threads": 1} for row in bench(world, N, D)]
-    print(common.table(rows, ("shape", "provider", "extra_mb", "ratio", "ms", "ms_p20", "ms_p80")))
-    common.save(rows, arguments.quick)
+    print(results.table(rows, ("shape", "provider", "extra_mb", "ratio", "ms", "ms_p20", "ms_p80")))
+    results.save(rows, arguments.quick)
 
 
 if __name__ == "__main__":

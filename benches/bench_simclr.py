@@ -14,7 +14,6 @@ a trace and a picture of one step of ours instead.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from functools import cache, partial
@@ -27,7 +26,9 @@ import ssl_fast
 from benches import common
 from benches.bench_nt_xent import dense
 from benches.bench_two_views import torchvision_steps
-from benches.common import DEVICE, Provider, Step, Table
+from benches.common import Provider, Table
+from benches.machine import DEVICE
+from benches.timing import Step
 from ssl_fast.augment import POLICIES, TwoViews
 from ssl_fast.methods.simclr import projection_head
 
@@ -95,7 +96,7 @@ def libraries(pixels: int) -> dict[str, Callable[[], tuple[Callable[[Tensor], Vi
         return partial(two_views, torchvision_steps(POLICIES["simclr_small"], pixels)), dense, naive_average
 
     found = {PLAIN: plain, OURS: ours}
-    with contextlib.suppress(ImportError):
+    with common.peer("lightly"):
         import lightly.loss  # noqa: F401
 
         found["lightly"] = theirs

@@ -8,7 +8,6 @@ of the first images; the others draw views of their own.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from benches import common
-from benches.common import DEVICE, Provider, Step, Table
+from benches.common import Provider, Table
+from benches.machine import DEVICE
+from benches.timing import Step
 from ssl_fast.augment import POLICIES, Policy, TwoViews, sample_view_params
 from ssl_fast.ops.two_views import MEAN_STD, PackedImages, _reference, sizes_of, two_views
 
@@ -139,14 +140,14 @@ def setup(case: str, blur: str, n: int) -> Table:
     for dtype, written in ((torch.float32, 0.5), (torch.bfloat16, 0.25)):
         name = str(dtype).removeprefix("torch.")
         found.append(Provider("ssl_fast", partial(ours, dtype), name, work=written, error=partial(error, dtype)))
-    with contextlib.suppress(ImportError):
+    with common.peer("torchvision"):
         import torchvision.transforms.v2  # noqa: F401
 
         found.append(Provider("torchvision", here, work=0.5))
         loader = lambda: loaded(data(), min(32, n))  # noqa: E731
         found.append(Provider("torchvision, DataLoader of 2", loader, work=0.5, elsewhere=True))
     if len(CASES[case][0]) == 1:
-        with contextlib.suppress(ImportError):
+        with common.peer("kornia"):
             import kornia.augmentation  # noqa: F401
 
             found.append(Provider("kornia", by_kornia, work=0.5))

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benches import common
+from benches import machine, results
 from benches.compare_methods import subset
 from ssl_fast.backbones import ConvNet
 from ssl_fast.data import ImageData, load_data
@@ -134,7 +134,7 @@ def summary(rows: list[Row], names: dict[str, str], columns: tuple[str, ...]) ->
     for name, title in names.items():
         of_run = [row for row in rows if row["run"] == name]
         lines.append({"": title} | {c: cell([row[c] for row in of_run if c in row]) for c in columns})
-    return common.table(lines, ("", *columns))
+    return results.table(lines, ("", *columns))
 
 
 def verdict(rows: list[Row], claim: str, better: tuple[str, str], worse: tuple[str, str]) -> Row:
@@ -177,7 +177,7 @@ few images show a direction at best.
 
 {title}
 
-{common.table(claims, ("claim", "difference", "seeds ahead", "here"))}
+{results.table(claims, ("claim", "difference", "seeds ahead", "here"))}
 
 The head, and what is taken from the network: h before it, or z behind it (SimCLR's figure 8). kNN is weighted, with k =
 {knn_k(images)} and t = {KNN_T}; the linear probe is logistic regression on standardised features.
@@ -231,19 +231,19 @@ def main() -> None:
     data = load_data(source)
     title = (
         f"Fashion-MNIST, the first {images} training images, {len(data.test or ())} test images; SimCLR, {epochs} "
-        f"epochs, ConvNet of width {WIDTH}; {seeds} seeds; {common.device_name()}, {torch.get_num_threads()} threads, "
+        f"epochs, ConvNet of width {WIDTH}; {seeds} seeds; {machine.device_name()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, {datetime.date.today().isoformat()}"
     )
     print(title, flush=True)
-    results = out / "results.jsonl"
-    rows = read_rows(results) if results.exists() else []
+    path = out / "results.jsonl"
+    rows = read_rows(path) if path.exists() else []
     for (name, seed), job in jobs(data, str(source), out, epochs, seeds).items():
         if any((row["run"], row["seed"]) == (name, seed) for row in rows):
             continue
         start = time.monotonic()
         row = {"run": name, "seed": seed, **job(), "seconds": round(time.monotonic() - start, 1)}
         rows.append(row)
-        write_atomically(results, "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         print(row, flush=True)
     rows = [row for row in rows if row["seed"] < seeds]
     (out / "findings.md").write_text(page(rows, title, images))

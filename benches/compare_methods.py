@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benches import common
+from benches import machine, results
 from ssl_fast.backbones import ConvNet
 from ssl_fast.data import FASHION_FILES, ImageData, load_data
 from ssl_fast.evaluate import evaluate, knn_on
@@ -63,7 +63,7 @@ def runs(data: ImageData) -> dict[str, Settings]:
     }
 
 
-def described(given: Settings, epochs: int, images: int) -> common.Row:
+def described(given: Settings, epochs: int, images: int) -> results.Row:
     moco, v2 = given["method"] != "simclr", given["method"] == "moco_v2"
     yes = {True: "x", False: ""}
     return {
@@ -117,7 +117,7 @@ def write(rows: dict[str, Any], out: Path, title: str) -> None:
         writer.writeheader()
         writer.writerows({"run": name, **row} for name, row in rows.items())
     partial.replace(out / "results.csv")
-    (out / "results.md").write_text(f"{title}\n\n{common.table(list(rows.values()), COLUMNS)}\n")
+    (out / "results.md").write_text(f"{title}\n\n{results.table(list(rows.values()), COLUMNS)}\n")
 
 
 def main() -> None:
@@ -144,7 +144,7 @@ def main() -> None:
     data = load_data(source)
     title = (
         f"{data.name}, {images} images, {epochs} epochs, ConvNet of width {WIDTH}, {mflop(data):.1f} MFLOP an image; "
-        f"seed {seed}; {common.device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"seed {seed}; {machine.device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     print(title, flush=True)
 
@@ -167,7 +167,7 @@ def main() -> None:
             row["seconds"] = round(time.monotonic() - start)
         rows[name] = row
         write({**rows, **{key: done[key] for key in done if key not in rows}}, out, title)
-        print(common.table([row], COLUMNS).splitlines()[-1], flush=True)
+        print(results.table([row], COLUMNS).splitlines()[-1], flush=True)
     print("\n" + (out / "results.md").read_text())
 
 

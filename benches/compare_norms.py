@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import ssl_fast.nn as fast
-from benches import common
+from benches import machine, results, timing
 from benches.compare_findings import cell
 from benches.compare_methods import BATCH, WIDTH
 from benches.compare_methods import encoder as with_batch_norm
@@ -38,7 +38,7 @@ from ssl_fast.data import load_data
 from ssl_fast.run import read_rows, write_atomically
 from ssl_fast.train import train
 
-PAGE = common.ROOT / "docs" / "norms.md"
+PAGE = results.ROOT / "docs" / "norms.md"
 COLUMNS = ("norm", "mean over", "layer", "loss", "kNN untrained", "kNN", "seconds", "ms a step", "MB kept")
 
 Row = dict[str, Any]
@@ -82,7 +82,7 @@ def trained(name: str, seed: int, out: Path, epochs: int) -> Row:
     return {"norm": name, "seed": seed, "loss": loss, "untrained": untrained, "kNN": knn, "seconds": seconds}
 
 
-def step_of(net: nn.Module, x: Tensor) -> common.Step:
+def step_of(net: nn.Module, x: Tensor) -> timing.Step:
     def step() -> None:
         net.zero_grad()
         net(x).square().mean().backward()
@@ -109,8 +109,8 @@ def measured(seconds: float) -> dict[str, Row]:
     x = torch.randn(2 * BATCH, data.channels, data.size, data.size).to(memory_format=form)
     nets = {name: encoder(name, data.channels, 0).to(memory_format=form) for name in NORMS}
     memory = {name: kept(net, x) for name, net in nets.items()}
-    times = common.interleave({name: step_of(net, x) for name, net in nets.items()}, seconds=seconds)
-    return {name: {"ms a step": common.timing(times[name])["ms"], "MB kept": memory[name]} for name in NORMS}
+    times = timing.interleave({name: step_of(net, x) for name, net in nets.items()}, seconds=seconds)
+    return {name: {"ms a step": timing.summary(times[name])["ms"], "MB kept": memory[name]} for name in NORMS}
 
 
 def block(rows: list[Row], steps: dict[str, Row], title: str) -> str:
@@ -125,7 +125,7 @@ def block(rows: list[Row], steps: dict[str, Row], title: str) -> str:
     tests = len(load_data("digits").test or ())
     return f"""{title}
 
-{common.table(lines, COLUMNS)}
+{results.table(lines, COLUMNS)}
 
 Mean and standard deviation over seeds. kNN is weighted, in per cent of {tests} test images; one is {100 / tests:.2f}.
 """
@@ -152,18 +152,18 @@ def main() -> None:
     title = (
         f"scikit-learn's digits, {len(data.train)} training images, {len(data.test or ())} test images; SimCLR, "
         f"{epochs} epochs, ConvNet of width {WIDTH}; seeds {', '.join(map(str, range(seeds)))}; "
-        f"{common.device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{machine.device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{datetime.date.today().isoformat()}"
     )
     print(title, flush=True)
-    results = out / "results.jsonl"
-    rows = read_rows(results) if results.exists() else []
+    path = out / "results.jsonl"
+    rows = read_rows(path) if path.exists() else []
     for seed in range(seeds):
         for name in NORMS:
             if any((row["norm"], row["seed"]) == (name, seed) for row in rows):
                 continue
             rows.append(trained(name, seed, out, epochs))
-            write_atomically(results, "".join(json.dumps(row) + "\n" for row in rows))
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
             print(rows[-1], flush=True)
     text = block([row for row in rows if row["seed"] < seeds], measured(1.0 if args.quick else 20.0), title)
     (out / "norms.md").write_text(text)

@@ -17,9 +17,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benches import common
+from benches import machine, results, timing
 from benches.bench_two_views import Loaded, torchvision_steps
-from benches.common import DEVICE
+from benches.machine import DEVICE
 from ssl_fast.augment import POLICIES, TwoViews
 from ssl_fast.backbones import build_encoder
 from ssl_fast.data import Loader, Split, epoch_batches
@@ -77,7 +77,7 @@ def run_steps(case: str, provider: str, batch: int, ahead: int, timed: int) -> d
     return watch.lap()
 
 
-def steps_rows(case: str, quick: bool) -> list[common.Row]:
+def steps_rows(case: str, quick: bool) -> list[results.Row]:
     """Runs in turn, each with workers of its own, which would take their time from another's."""
     *_, on_cpu, on_gpu = STEPS[case]
     batch = 8 if quick else on_gpu if DEVICE == "cuda" else on_cpu
@@ -88,7 +88,7 @@ def steps_rows(case: str, quick: bool) -> list[common.Row]:
             own.append(run_steps(case, provider, batch, ahead, timed))
     rows = []
     for provider, own in laps.items():
-        times = common.timing([1e3 * batch / lap["images_per_s"] for lap in own])
+        times = timing.summary([1e3 * batch / lap["images_per_s"] for lap in own])
         row = {"op": "two_views step", "shape": f"{case}, {batch} images", "provider": provider, "allocator": "default"}
         row |= {"dtype": "bfloat16 autocast" if DEVICE == "cuda" else "float32", "to": OURS, **times}
         row |= {"images/s": 1e3 * batch / times["ms"], "data_wait": median(lap["data_wait"] for lap in own)}
@@ -101,13 +101,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few images, and the tracked results stay")
     quick = parser.parse_args().quick
-    print(f"steps of SimCLR on {common.device_name()}, {torch.get_num_threads()} threads")
+    print(f"steps of SimCLR on {machine.device_name()}, {torch.get_num_threads()} threads")
     for case in STEPS:
         rows = steps_rows(case, quick)
         print(f"\n{rows[0]['shape']}")
         columns = ("provider", "ms", "ms_p20", "ms_p80", "ratio", "images/s", "data_wait")
-        print(common.table(rows, columns), flush=True)
-        common.save(rows, quick)
+        print(results.table(rows, columns), flush=True)
+        results.save(rows, quick)
 
 
 if __name__ == "__main__":

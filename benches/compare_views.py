@@ -28,7 +28,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benches import common
+from benches import machine, results
 from benches.bench_two_views import torchvision_steps
 from benches.compare_findings import cell
 from benches.compare_methods import BATCH, WIDTH, encoder, subset
@@ -37,7 +37,7 @@ from ssl_fast.data import load_data
 from ssl_fast.ops.two_views import PackedImages
 from ssl_fast.run import read_rows, write_atomically
 
-PAGE = common.ROOT / "docs" / "views.md"
+PAGE = results.ROOT / "docs" / "views.md"
 OURS, THEIRS = "ssl_fast", "torchvision"
 training = importlib.import_module("ssl_fast.train")
 
@@ -95,7 +95,7 @@ shown by the tests, pixel by pixel, not here.
 
 {title}
 
-{common.table(lines, ("views", *seeds, "mean"))}
+{results.table(lines, ("views", *seeds, "mean"))}
 
 The random encoders have {cell([row["random"] for row in found[OURS]])}. The means differ by {100 * difference:+.2f};
 the seeds of a row by up to {100 * spread:.2f}: the difference is {says} seeds alone make.
@@ -128,18 +128,18 @@ def main() -> None:
     tests = len(load_data(source).test or ())
     title = (
         f"{data.name}, {images} training images, {tests} test images; augment={augment}, {epochs} epochs, ConvNet of "
-        f"width {WIDTH}; {common.device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"width {WIDTH}; {machine.device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{datetime.date.today().isoformat()}"
     )
     print(title, flush=True)
-    results = out / "results.jsonl"
-    rows = read_rows(results) if results.exists() else []
+    path = out / "results.jsonl"
+    rows = read_rows(path) if path.exists() else []
     for seed in range(seeds):
         for views in (THEIRS, OURS):
             if any((row["views"], row["seed"]) == (views, seed) for row in rows):
                 continue
             rows.append(trained(views, seed, source, out, epochs, augment))
-            write_atomically(results, "".join(json.dumps(row) + "\n" for row in rows))
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
             print(rows[-1], flush=True)
     text = page([row for row in rows if row["seed"] < seeds], title)
     (out / "views.md").write_text(text)

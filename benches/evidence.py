@@ -33,8 +33,9 @@ import torch
 from torch import Tensor, nn
 
 import ssl_fast
-from benches import common
-from benches.common import DEVICE, ROOT
+from benches import common, results, timing
+from benches.machine import DEVICE
+from benches.results import ROOT
 from ssl_fast.backbones import ConvNet
 from ssl_fast.bench import run_group, stems
 
@@ -120,10 +121,10 @@ def run(part: str, out: Path) -> int:
     """Every step of a part that is not done yet, while there is time; the pages of new rows."""
     begun, budget = time.monotonic(), 60 * MINUTES
     if part == "bench":
-        before, pages = common.RESULTS.read_bytes(), budget / 10
+        before, pages = results.RESULTS.read_bytes(), budget / 10
         status = run_steps(part, out, begun, budget - pages)
-        shutil.copy(common.RESULTS, out / "rows.csv")
-        if common.RESULTS.read_bytes() == before:
+        shutil.copy(results.RESULTS, out / "rows.csv")
+        if results.RESULTS.read_bytes() == before:
             return status
         drawn = _logged(PAGES, out / "bench.log", pages)  # which tests hold to the rows
         print(f"README.md and docs of the new rows: {drawn}", flush=True)
@@ -135,7 +136,7 @@ def run_steps(part: str, out: Path, begun: float, budget: float) -> int:
     """The exit status."""
     path, log = out / f"{part}.json", out / f"{part}.log"
     steps = steps_of(part, out)
-    done, absent = results(part, out), not_installed(steps)
+    done, absent = tried(part, out), not_installed(steps)
     if steps.keys() <= done.keys() | absent:
         done = {name: step for name, step in done.items() if step["state"] == "ok"}
     summarise(out)
@@ -158,7 +159,7 @@ def run_steps(part: str, out: Path, begun: float, budget: float) -> int:
     return int(any(name not in absent and done[name]["state"] != "ok" for name in steps))
 
 
-def results(part: str, out: Path) -> dict[str, dict[str, Any]]:
+def tried(part: str, out: Path) -> dict[str, dict[str, Any]]:
     """What was tried of a part with this code."""
     path = out / f"{part}.json"
     done = json.loads(path.read_text()) if path.exists() else {}
@@ -167,7 +168,7 @@ def results(part: str, out: Path) -> dict[str, dict[str, Any]]:
 
 def code() -> str:
     """What results are of: the commit, or what a changed tree holds, and the tests."""
-    return f"{common.conditions()['commit']}, tests {common.digest('tests')}"
+    return f"{results.conditions()['commit']}, tests {results.digest('tests')}"
 
 
 def not_installed(steps: Steps) -> set[str]:
@@ -176,8 +177,8 @@ def not_installed(steps: Steps) -> set[str]:
 
 
 def rows_of_this_commit() -> int:
-    with common.RESULTS.open(newline="") as file:
-        return sum(row["commit"] == common.conditions()["commit"] for row in csv.DictReader(file))
+    with results.RESULTS.open(newline="") as file:
+        return sum(row["commit"] == results.conditions()["commit"] for row in csv.DictReader(file))
 
 
 def _logged(command: list[str], log: Path, seconds: float) -> str:
@@ -191,9 +192,9 @@ def _logged(command: list[str], log: Path, seconds: float) -> str:
 
 def summarise(out: Path) -> None:
     """One page: what ran, what failed, what is missing."""
-    lines = ["# Evidence", "", ", ".join(f"{key} {value}" for key, value in common.conditions().items()), ""]
+    lines = ["# Evidence", "", ", ".join(f"{key} {value}" for key, value in results.conditions().items()), ""]
     for part in PARTS:
-        steps, done = steps_of(part, out), results(part, out)
+        steps, done = steps_of(part, out), tried(part, out)
         states = {name: step["state"] for name, step in done.items()}
         passed, absent = list(states.values()).count("ok"), not_installed(steps) - done.keys()
         states |= {name: f"{Path(steps[name][0]).name} is not installed" for name in steps if name in absent}
@@ -293,9 +294,9 @@ def tf32() -> None:
             table = modules[stem].setup(*case)
             ours, plain = (p for p in table.providers if p.error and p.dtype == "float32" and p.name in COMPARED)
             errors = {p.name: p.error() for p in (ours, plain) if p.error}
-            times = common.interleave({p.name: p.build() for p in (ours, plain)}, seconds=0.5)
+            times = timing.interleave({p.name: p.build() for p in (ours, plain)}, seconds=0.5)
             for name, off in errors.items():
-                ms = common.timing(times[name])["ms"]
+                ms = timing.summary(times[name])["ms"]
                 print(f"{precision} {table.op} {table.shape}, {name}: {ms:.4g} ms, error {off:.3g}", flush=True)
             limit = 2 * errors[plain.name] + (1e-5 if precision == "highest" else 1e-3)
             assert errors[ours.name] <= limit, (precision, table.shape, errors)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import ssl_fast
-from benches import common
+from benches import results
 from ssl_fast.fold import FoldReport
 
 TABLE = Path(__file__).parents[1] / "docs/fold_models.md"
@@ -85,7 +85,7 @@ def errors(model: nn.Module, draws: int, size: int = 64) -> tuple[float, float, 
     return plain, ours, folded.fold_report
 
 
-def measured(name: str, build: Callable[[], nn.Module]) -> common.Row | None:
+def measured(name: str, build: Callable[[], nn.Module]) -> results.Row | None:
     """The model's row; None where it has no batch norm."""
     with torch.device("meta"):
         try:
@@ -134,16 +134,16 @@ def main() -> None:
         write(rows, without)
 
 
-def write(rows: dict[str, common.Row], without: list[str]) -> None:
+def write(rows: dict[str, results.Row], without: list[str]) -> None:
     TABLE.write_text(
         "# Which batch norms fold\n\nMade by `python -m benches.fold_models`: random weights, statistics of a batch of "
         f"{BATCH}, relative error of the fp32 outputs against fp64,\nthe geometric mean over draws of affine and "
         "images; why one draw tells little, [kernels.md](kernels.md#conv_bn) says.\n\n"
-        f"{common.table(list(rows.values()), COLUMNS)}\n\n{WITHOUT}{', '.join(without)}.\n"
+        f"{results.table(list(rows.values()), COLUMNS)}\n\n{WITHOUT}{', '.join(without)}.\n"
     )
 
 
-def read() -> tuple[dict[str, common.Row], list[str]]:
+def read() -> tuple[dict[str, results.Row], list[str]]:
     """The rows of the table by their models, and the models without batch norm."""
     lines = TABLE.read_text().splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from benches import common
-from benches.common import Provider, Step, Table
+from benches.common import Provider, Table
+from benches.timing import Step
 
 Given = list[Tensor | None]  # x first; what has no gradient is a running statistic
 Norm = Callable[..., Tensor]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ssl_fast
 from benches import common
-from benches.common import DEVICE
+from benches.machine import DEVICE
 from ssl_fast import ema_update_
 from ssl_fast.functional import barlow_twins, batch_norm, clip, info_nce, layer_norm, nt_xent, sup_con
 from ssl_fast.ops import _norms

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benches import common
+from benches import common, results
 
-README = common.ROOT / "README.md"
-DOCS = common.ROOT / "docs"
+README = results.ROOT / "README.md"
+DOCS = results.ROOT / "docs"
 KERNELS = DOCS / "kernels.md"
 FLOORS = (common.COPY, common.PRODUCT, "copy of as many bytes", "copy of the weights", "matrix products")
 OUT_OF_MEMORY = "out of memory"  # what stands where a row has no time
@@ -40,7 +40,7 @@ PLAIN = ("dense PyTorch", "mm + cat + cross_entropy", "eager", "mul_ add_", "tor
 
 def rows_of(*ops: str) -> Rows:
     """What results.csv has of these ops, in their order; of all without any."""
-    with common.RESULTS.open(newline="") as file:
+    with results.RESULTS.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if not ops or row["op"] in ops]
     order = ops or sorted({row["op"] for row in rows})
     return sorted(rows, key=lambda row: order.index(row["op"]))
@@ -49,28 +49,22 @@ def rows_of(*ops: str) -> Rows:
 def norm_block() -> str:
     """Forward and backward of the norms, a line for each tensor and allocator."""
 
-    def lines(here: Rows) -> list[common.Row]:
+    def lines(here: Rows) -> list[results.Row]:
         found = []
         keys = ("op", "shape", "dtype", "allocator")
         for op, shape, dtype, allocator in dict.fromkeys(tuple(r[k] for k in keys) for r in here):
-            own = [r for r in here if tuple(r[k] for k in keys) == (op, shape, dtype, allocator)]
-            ms = {r["provider"]: time(r) for r in own if r["ms"]}
-            off = {r["provider"]: r["error"] for r in own}
-
-            def ratio(one: str, other: str, ms: dict[str, float] = ms) -> float | str:
-                return ms[one] / ms[other] if {one, other} <= ms.keys() else OUT_OF_MEMORY
-
+            own = {r["provider"]: r for r in here if tuple(r[k] for k in keys) == (op, shape, dtype, allocator)}
             found.append(
                 {
                     "tensor": unbroken(NORMS[op] + shape),
                     "dtype": dtype,
                     "allocator": allocator,
-                    "ssl_fast ms": ms.get("ssl_fast", OUT_OF_MEMORY),
-                    "x faster than eager": ratio("eager", "ssl_fast"),
-                    "than torch.compile": ratio("torch.compile", "ssl_fast"),
-                    "kernels, copies of the tensor": ratio("ssl_fast kernels", "copy_"),
-                    "error": off["ssl_fast"],
-                    "error of eager": off["eager"],
+                    "ssl_fast ms": quotient(own, "ssl_fast"),
+                    "x faster than eager": quotient(own, "eager", "ssl_fast"),
+                    "than torch.compile": quotient(own, "torch.compile", "ssl_fast"),
+                    "kernels, copies of the tensor": quotient(own, "ssl_fast kernels", "copy_"),
+                    "error": own.get("ssl_fast", {}).get("error", ""),
+                    "error of eager": own.get("eager", {}).get("error", ""),
                 }
             )
         return found
@@ -81,7 +75,7 @@ def norm_block() -> str:
 def loss_block() -> str:
     """Every provider of the default allocator, the rows we lose included."""
 
-    def lines(here: Rows) -> list[common.Row]:
+    def lines(here: Rows) -> list[results.Row]:
         return [
             {
                 "loss": LOSSES[row["op"]],
@@ -103,7 +97,7 @@ def loss_block() -> str:
 def step_block() -> str:
     """The moving average, and whole training steps."""
 
-    def lines(here: Rows) -> list[common.Row]:
+    def lines(here: Rows) -> list[results.Row]:
         return [
             {
                 "what": STEPS[row["op"]],
@@ -126,11 +120,11 @@ def step_block() -> str:
 def fold_block() -> str:
     """The forward pass of folded networks, a line for each, and what a refresh takes."""
 
-    def forwards(here: Rows) -> list[common.Row]:
+    def forwards(here: Rows) -> list[results.Row]:
         found = []
         for shape in dict.fromkeys(r["shape"] for r in here):
             own = {r["provider"]: r for r in here if r["shape"] == shape}
-            line: common.Row = {"network": unbroken(shape), "unfolded ms": own["unfolded"]["ms"] or OUT_OF_MEMORY}
+            line: results.Row = {"network": unbroken(shape), "unfolded ms": quotient(own, "unfolded")}
             columns = {
                 "ssl_fast folded": "folded, of its time",
                 "torch.fx fuse": "torch.fx",
@@ -138,12 +132,15 @@ def fold_block() -> str:
                 "ssl_fast folded, torch.compile": "folded, compiled",
                 "inductor freezing": "inductor freezing",
             }
-            line |= {title: own[provider]["ratio"] if provider in own else "" for provider, title in columns.items()}
-            line |= {"error, folded": own["ssl_fast folded"]["error"], "error, unfolded": own["unfolded"]["error"]}
+            for provider, title in columns.items():
+                row = own.get(provider, {"ms": "", "ratio": ""})
+                line[title] = row["ratio"] if row["ms"] or provider not in own else OUT_OF_MEMORY
+            errors = {"error, folded": "ssl_fast folded", "error, unfolded": "unfolded"}
+            line |= {title: own.get(provider, {}).get("error", "") for title, provider in errors.items()}
             found.append(line)
         return found
 
-    def refreshes(here: Rows) -> list[common.Row]:
+    def refreshes(here: Rows) -> list[results.Row]:
         return [
             {
                 "refresh of": unbroken(r["shape"]),
@@ -160,7 +157,7 @@ def fold_block() -> str:
 def lost_block() -> str:
     """Where ours is not the fastest: a line for each table, with the one that is."""
 
-    def lines(here: Rows) -> list[common.Row]:
+    def lines(here: Rows) -> list[results.Row]:
         keys = ("op", "shape", "dtype", "allocator")
         tables: dict[tuple[str, ...], Rows] = {}
         for row in here:
@@ -171,7 +168,7 @@ def lost_block() -> str:
             rows = [r for r in rows if not any(word in r["provider"] for word in NOT_THE_PRODUCT)]
             ours = [time(r) for r in rows if r["provider"].startswith("ssl_fast")]
             if ours and time(best := min(rows, key=time)) < min(ours):
-                line: common.Row = dict(zip(keys, map(unbroken, key), strict=True))
+                line: results.Row = dict(zip(keys, map(unbroken, key), strict=True))
                 line |= {"faster": best["provider"], "ms": best["ms"], "ours, ms": min(ours)}
                 found.append(line)
         return found
@@ -183,6 +180,15 @@ def time(row: dict[str, str]) -> float:
     return float(row["ms"])
 
 
+def quotient(own: dict[str, dict[str, str]], provider: str, other: str = "") -> float | str:
+    """The time of a provider, or over that of another; nothing where one has no row, as where it failed."""
+    rows = [own.get(name) for name in (provider, other) if name]
+    if not all(rows):
+        return ""
+    times = [time(row) for row in rows if row and row["ms"]]
+    return OUT_OF_MEMORY if len(times) < len(rows) else times[0] / (times[1] if other else 1.0)
+
+
 def images_a_second(row: dict[str, str]) -> float | str:
     """Of a shape that says how many images a step has."""
     found = re.search(r"(\d+)x3x|N (\d+) K|(\d+) images", row["shape"])
@@ -192,7 +198,7 @@ def images_a_second(row: dict[str, str]) -> float | str:
 def simclr_block() -> str:
     """The picture, and images a second of the whole step."""
 
-    def lines(here: Rows) -> list[common.Row]:
+    def lines(here: Rows) -> list[results.Row]:
         return [
             {
                 "network, images": unbroken(row["shape"]),
@@ -215,7 +221,7 @@ def simclr_block() -> str:
 def data_block() -> str:
     """Whole steps by who makes the views, and how long a step waits for them."""
 
-    def lines(here: Rows) -> list[common.Row]:
+    def lines(here: Rows) -> list[results.Row]:
         return [
             {
                 "step of SimCLR": row["shape"],
@@ -231,7 +237,7 @@ def data_block() -> str:
     return by_device(rows_of("two_views step"), lines)
 
 
-def by_device(rows: Rows, lines: Callable[[Rows], list[common.Row]]) -> str:
+def by_device(rows: Rows, lines: Callable[[Rows], list[results.Row]]) -> str:
     """A table for each device that rows come from."""
     blocks = []
     for device in dict.fromkeys(row["device"] for row in rows):
@@ -240,7 +246,7 @@ def by_device(rows: Rows, lines: Callable[[Rows], list[common.Row]]) -> str:
         days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
         head = f"{device}, {' or '.join(threads)} threads, torch {' or '.join(torches)}, {days}:"
         table = lines(here) or [{"": "none"}]
-        blocks.append(f"{head}\n\n{common.table(table, table[0])}\n")
+        blocks.append(f"{head}\n\n{results.table(table, table[0])}\n")
     return "\n".join(blocks) or "Not measured yet; `make bench` prints it.\n"
 
 
@@ -252,8 +258,8 @@ def place_block() -> str:
     """How far from its floor each op is in fp32, forward and backward: the largest shape, allocator warm where it was
     measured."""
 
-    def lines(here: Rows) -> list[common.Row]:
-        found: list[common.Row] = []
+    def lines(here: Rows) -> list[results.Row]:
+        found: list[results.Row] = []
         for op, work in WORK.items():
             rows = [r for r in here if r["op"] == op and r["dtype"] == "float32" and r["ms"]]
             rows = [r for r in rows if r["allocator"] == "warm"] or rows
@@ -264,7 +270,7 @@ def place_block() -> str:
             floor = max(floors, key=time)
             own = [r for r in rows if r["shape"] == floor["shape"] and r["provider"] not in FLOORS]
             own = [r for r in own if not any(word in r["provider"] for word in (*NOT_THE_PRODUCT, "nothing changed"))]
-            line: common.Row = {"op": op, "shape": unbroken(floor["shape"]), "allocator": floor["allocator"]}
+            line: results.Row = {"op": op, "shape": unbroken(floor["shape"]), "allocator": floor["allocator"]}
             line["floor, ms"] = time(floor) * work
             kinds = {"ours": ("ssl_fast", "refresh"), "plain": PLAIN, "torch.compile": ("torch.compile",)}
             for kind, names in kinds.items():
@@ -279,8 +285,8 @@ def place_block() -> str:
 def large_block() -> str:
     """Images a second and the peak of each way to take a step, by batch."""
 
-    def lines(here: Rows) -> list[common.Row]:
-        found: dict[str, common.Row] = {}
+    def lines(here: Rows) -> list[results.Row]:
+        found: dict[str, results.Row] = {}
         for row in here:
             step = found.setdefault(row["shape"], {"network, batch": unbroken(row["shape"])})
             pace = row["ms"] and int(row["shape"].split("batch=")[1].split()[0]) / time(row) * 1e3

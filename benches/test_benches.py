@@ -1,7 +1,7 @@
 """`pytest benches/`: every provider of every bench at its quick shapes, through pytest-benchmark.
 
-`-k nt_xent` takes one op, `--benchmark-json FILE` keeps the figures. Their rows are not interleaved: for those of
-results.csv run `ssl-fast bench`.
+`-k nt_xent` takes one op, `--device cpu` leaves a GPU alone, `--benchmark-json FILE` keeps the figures. They are not
+interleaved: for rows of results.csv run `ssl-fast bench`, whose word on a provider that failed is a traceback here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benches import common
+from benches import common, timing
 
 
 def providers() -> Iterator[object]:
@@ -22,7 +22,7 @@ def providers() -> Iterator[object]:
                 yield pytest.param(table, provider, id=f"{stem}-{name}" if stem != table.op else name)
 
 
-@pytest.mark.parametrize("table, provider", providers())
+@pytest.mark.parametrize("table, provider", [*providers()])
 def test_bench(benchmark, table, provider):
     benchmark.group = f"{provider.op or table.op}, {table.shape}, {provider.dtype}"
-    benchmark.pedantic(common.waited(provider.build()), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(timing.waited(provider.build()), rounds=5, warmup_rounds=1)

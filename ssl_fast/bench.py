@@ -38,7 +38,7 @@ def bench(*ops: str, device: str | None = None, quick: bool = False) -> dict[str
     Raises:
         ValueError: for an op without a bench, or a device that is not there.
         FileNotFoundError: in an installed package, which has no benches.
-        ChildProcessError: where a bench failed; the others have run.
+        ChildProcessError: where a bench failed, or a provider in one; the others have run.
 
     Example:
         >>> from ssl_fast.bench import bench
@@ -49,11 +49,7 @@ def bench(*ops: str, device: str | None = None, quick: bool = False) -> dict[str
     for op in ops:
         if op not in allowed:
             raise ValueError(f"op: got {op!r}, {nearest(op, allowed)}allowed: {', '.join(allowed)}")
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    if device not in (None, *devices):
-        raise ValueError(
-            f"device: got {device!r}, allowed here: {', '.join(devices)}; `ssl-fast info` says what there is"
-        )
+    check_device(device)
     names, failed, start = list(dict.fromkeys(ops)) or benches, [], time.monotonic()
     rows = ROOT / ("out/bench/quick.csv" if quick else "benches/results.csv")
     before = _lines(rows)
@@ -65,6 +61,15 @@ def bench(*ops: str, device: str | None = None, quick: bool = False) -> dict[str
     if failed:
         raise ChildProcessError(f"failed, as said above: {', '.join(failed)}; the rows of the others are in {rows}")
     return {"new rows": len(_lines(rows) - before), "in": str(rows), "seconds": round(time.monotonic() - start)}
+
+
+def check_device(device: str | None) -> None:
+    """Raise where there is no such device here; None takes what there is."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if device not in (None, *devices):
+        raise ValueError(
+            f"device: got {device!r}, allowed here: {', '.join(devices)}; `ssl-fast info` says what there is"
+        )
 
 
 def stems() -> list[str]:

@@ -25,13 +25,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import ssl_fast
-from benches import bench_nt_xent, common
+from benches import bench_nt_xent, machine, timing
 from ssl_fast import functional
 from ssl_fast._op import native_reason
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
-    native_reason(common.DEVICE) is not None, reason=f"the references are not fast: {native_reason(common.DEVICE)}"
+    native_reason(machine.DEVICE) is not None, reason=f"the references are not fast: {native_reason(machine.DEVICE)}"
 )
 
 
@@ -56,8 +56,8 @@ def ratio(ours, theirs, seconds=0.3):
 
 def spent(step):
     """Of this thread on a CPU: what others do is not counted. On a GPU, of the device."""
-    if common.DEVICE == "cuda":
-        return common._timed(step, cold=False)
+    if machine.DEVICE == "cuda":
+        return timing._timed(step, cold=False, idle=False)
     start = time.thread_time()
     step()
     return time.thread_time() - start
@@ -74,20 +74,20 @@ def backward_of(function, *inputs):
 
 def leaves(*shape, count=2):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).to(common.DEVICE).requires_grad_() for _ in range(count)]
+    return [torch.randn(shape, generator=generator).to(machine.DEVICE).requires_grad_() for _ in range(count)]
 
 
 def test_nt_xent_against_dense_and_the_product():
     z = leaves(512, 128)
     ours = backward_of(ssl_fast.NTXentLoss(0.1), *z)
     assert ratio(ours, backward_of(bench_nt_xent.dense, *z)) < 0.9
-    rows, kept = torch.cat(z).detach(), torch.empty(1024, 1024, device=common.DEVICE)
+    rows, kept = torch.cat(z).detach(), torch.empty(1024, 1024, device=machine.DEVICE)
     assert ratio(ours, lambda: torch.mm(rows, rows.T, out=kept)) < 6
 
 
 def test_info_nce_with_a_queue_against_cat():
     q, k = leaves(64, 128)
-    queue = F.normalize(torch.randn(8192, 128, device=common.DEVICE))
+    queue = F.normalize(torch.randn(8192, 128, device=machine.DEVICE))
 
     def plain(q, k):
         q, k = F.normalize(q), F.normalize(k.detach())
@@ -118,10 +118,10 @@ def test_norms_against_eager():
 
 
 def test_ema_against_foreach_and_a_copy():
-    tiny, others = ([torch.randn(8, device=common.DEVICE) for _ in range(512)] for _ in range(2))
+    tiny, others = ([torch.randn(8, device=machine.DEVICE) for _ in range(512)] for _ in range(2))
     ours = lambda: ssl_fast.ema_update_(tiny, others, 0.999)  # noqa: E731
     assert ratio(ours, lambda: torch._foreach_lerp_(tiny, others, 0.001)) < 2.2
-    targets, sources = ([torch.randn(256, 256, device=common.DEVICE) for _ in range(32)] for _ in range(2))
+    targets, sources = ([torch.randn(256, 256, device=machine.DEVICE) for _ in range(32)] for _ in range(2))
     ours = lambda: ssl_fast.ema_update_(targets, sources, 0.999)  # noqa: E731
     assert ratio(ours, lambda: torch._foreach_lerp_(targets, sources, 0.001)) < 2.5
     flat = torch.cat([t.flatten() for t in targets])
@@ -131,12 +131,12 @@ def test_ema_against_foreach_and_a_copy():
 
 PEAKS = """
 import json
-from benches import bench_nt_xent, common
+from benches import bench_nt_xent, memory
 found = {}
 for N in (1024, 2048):
     for provider in bench_nt_xent.setup(N, 128).providers[1:3]:
         if (provider.name, N) != ("dense PyTorch", 2048):
-            found[f"{provider.name} {N}"] = common._first_call(provider)
+            found[f"{provider.name} {N}"] = memory.first_call(provider.build)
 print(json.dumps(found))
 """
 
@@ -179,7 +179,7 @@ VALGRIND, CXX = shutil.which("valgrind"), os.environ.get("CXX") or shutil.which(
 
 
 @pytest.mark.skipif(VALGRIND is None or CXX is None, reason="valgrind or a C++ compiler is not installed")
-@pytest.mark.skipif(common.instruction_set() in ("baseline", "unknown"), reason="this CPU has no AVX2")
+@pytest.mark.skipif(machine.instruction_set() in ("baseline", "unknown"), reason="this CPU has no AVX2")
 def test_instructions_of_the_losses(tmp_path):
     """For each 8 multiply-adds: 1.67 in the inner loop (12 of them, 8 loads), in all 2.3 forward, and 6.3 for the three
     products backward; on scalars 8 times as many, and 2 more where the register tile is spilt."""

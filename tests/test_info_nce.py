@@ -909,7 +909,7 @@ MEMORY = """
 import json, math, sys
 import torch
 import ssl_fast
-from benches.common import extra_memory
+from benches.memory import extra_memory
 from ssl_fast.functional import clip, info_nce, nt_xent, sup_con
 from torch.nn import functional as F
 

@@ -396,7 +396,7 @@ def test_multi_crop_and_other_options():
 
 
 def test_memory_is_that_of_the_views():
-    from benches.common import extra_memory
+    from benches.memory import extra_memory
 
     if DEVICE == "cuda" or not Path("/proc/self/clear_refs").exists():
         pytest.skip("measures the memory of a Linux process")
