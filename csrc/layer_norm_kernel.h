@@ -35,16 +35,6 @@ SSL_FAST_INLINE Sums<kCount> sum_over(int64_t length, const F& terms) {
   return sum;
 }
 
-// In pairs, which wait for each other less than one after the other would.
-SSL_FAST_INLINE float sum_of(V v) {
-  float sums[kLanes];
-  store(sums, v);
-  SSL_FAST_UNROLL
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  return sums[0];
-}
-
 // f(i, n) for each vector of a line, n lanes of it in use.
 template <class F>
 SSL_FAST_INLINE void for_each_vector_of(int64_t length, const F& f) {
@@ -134,7 +124,7 @@ void forward_rows(const Problem& p, int64_t first, int64_t last) {
       const auto x = Line<T>::of(p, p.x, (begin + r) * D);
       const float pivot = static_cast<float>(*x.at);
       const auto off = sum_over<1>(D, [&](int64_t i, int k) SSL_FAST_LAMBDA { return Sums<1>{first_of(x(i, k) - pivot, k)}; });
-      guess[r] = static_cast<float>(pivot + sum_of(off.of[0]) / n);
+      guess[r] = static_cast<float>(pivot + sum_lanes(off.of[0]) / n);
     }
     for (int64_t r = 0; r < count; ++r) {
       const auto x = Line<T>::of(p, p.x, (begin + r) * D);
@@ -142,7 +132,7 @@ void forward_rows(const Problem& p, int64_t first, int64_t last) {
         const V off = first_of(x(i, k) - guess[r], k);
         return Sums<2>{off, off * off};
       });
-      at[r] = position_of(guess[r], sum_of(moments.of[0]), sum_of(moments.of[1]), n, p.eps);
+      at[r] = position_of(guess[r], sum_lanes(moments.of[0]), sum_lanes(moments.of[1]), n, p.eps);
       p.stats[begin + r] = at[r].mean;
       p.stats[rows + begin + r] = at[r].low;
       p.stats[2 * rows + begin + r] = at[r].invstd;
@@ -200,8 +190,8 @@ void backward_rows(const Problem& p, int64_t first, int64_t last, float* sums) {
         const V xhat = row.normalised(i, k), g = row.gradient(xhat, i, k) * load(weight + i);
         return Sums<2>{g, g * xhat};
       });
-      even[r] = sum_of(both.of[0]) * scale;
-      along[r] = sum_of(both.of[1]) * scale;
+      even[r] = sum_lanes(both.of[0]) * scale;
+      along[r] = sum_lanes(both.of[1]) * scale;
     }
     for (int64_t from = 0; from < D; from += piece)
       for (int64_t r = 0; r < count; ++r) {
@@ -339,8 +329,8 @@ void backward_planes(const Problem& p, int64_t first, int64_t last, float* sums,
         dbias += first_of(dz, k);
       });
       if (sums != nullptr) {
-        sums[d] += sum_of(dweight);
-        sums[D + d] += sum_of(dbias);
+        sums[d] += sum_lanes(dweight);
+        sums[D + d] += sum_lanes(dbias);
       }
     }
   }

@@ -28,10 +28,18 @@ SSL_FAST_INLINE VInt lane_index() {
 
 SSL_FAST_INLINE V keep(V v, VInt mask) { return reinterpret_cast<V>(reinterpret_cast<VInt>(v) & mask); }
 
+// In pairs, which wait for each other less than one after the other would.
 SSL_FAST_INLINE float sum_lanes(V v) {
-  float sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
-  return sum;
+#if SSL_FAST_X86_LANES == 16
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float sums[kLanes];
+  store(sums, v);
+  SSL_FAST_UNROLL
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  return sums[0];
+#endif
 }
 
 SSL_FAST_INLINE float largest_lane(V v) {
