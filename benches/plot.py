@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -282,6 +283,30 @@ def place_block() -> str:
     return by_device(rows_of(*WORK), lines)
 
 
+def copies_block(op: str) -> str:
+    """The operators of a norm in copies of the tensor, and how much longer eager takes; the allocator warm."""
+    ours, passes = "ssl_fast kernels", {"forward": f"{op} forward", "backward": f"{op} backward", "both": op}
+
+    def lines(here: Rows) -> list[results.Row]:
+        found: list[results.Row] = []
+        for shape, dtype in dict.fromkeys((r["shape"], r["dtype"]) for r in here):
+            own = {f"{r['op']}, {r['provider']}": r for r in here if (r["shape"], r["dtype"]) == (shape, dtype)}
+            line: results.Row = {"tensor": unbroken(shape), "dtype": dtype}
+            line |= {k: quotient(own, f"{name}, {ours}", f"{op}, {common.COPY}") for k, name in passes.items()}
+            line["eager / kernels"] = quotient(own, f"{op}, eager", f"{op}, {ours}")
+            line["eager / ssl_fast"] = quotient(own, f"{op}, eager", f"{op}, ssl_fast")
+            found.append(line)
+        return found
+
+    return by_device([r for r in rows_of(*passes.values()) if r["allocator"] == "warm"], lines)
+
+
+def kernel_page(page: str) -> str:
+    """docs/kernels.md with the tables that benches/results.csv gives now."""
+    norms = {op: functools.partial(copies_block, op) for op in ("instance_norm", "layer_norm")}
+    return with_blocks(page, {"places": place_block, **norms})
+
+
 def large_block() -> str:
     """Images a second and the peak of each way to take a step, by batch."""
 
@@ -488,7 +513,7 @@ def draw(folder: Path) -> list[Path]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     README.write_text(updated(README.read_text()))
-    KERNELS.write_text(with_blocks(KERNELS.read_text(), {"places": place_block}))
+    KERNELS.write_text(kernel_page(KERNELS.read_text()))
     large = DOCS / "large_batches.md"
     large.write_text(with_blocks(large.read_text(), {"large": large_block}))
     draw(DOCS)

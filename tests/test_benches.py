@@ -1242,7 +1242,7 @@ def test_the_readme_shows_what_was_measured():
     readme = plot.README.read_text()
     assert readme == plot.updated(readme) == plot.updated(plot.updated(readme))
     kernels = plot.KERNELS.read_text()
-    assert kernels == plot.with_blocks(kernels, {"places": plot.place_block})
+    assert kernels == plot.kernel_page(kernels)
     assert all(f"| {op} " in plot.place_block() for op in plot.WORK)  # measured, or said not to be
     wrong = re.sub(r"(\| \d+\.\d)(\d*) ", r"\g<1>9\2 ", readme, count=1)
     assert wrong != readme != plot.updated(wrong + " ") and plot.updated(wrong) == readme
