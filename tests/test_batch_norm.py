@@ -644,13 +644,18 @@ def test_opcheck():
     count = torch.tensor(0, device=DEVICE)
     forward = (x, weight, bias, mean, var, count, None, True, 0.1, 1e-5)
     namespace = torch.ops.ssl_fast
-    for momentum, num_splits, activation, keep in ((0.1, 2, 1, True), (None, 1, 3, False)):
+    for momentum, num_splits, activation, keep in (
+        (0.1, 2, 1, True),
+        (None, 1, 3, False),
+        (0.1, ops.EACH_IMAGE, 1, True),
+    ):
         arguments = (*forward[:8], momentum, 1e-5, num_splits, activation)
         opcheck(namespace.batch_norm_fwd.default, (x, *arguments, keep))
         opcheck(namespace.batch_norm_.default, (x.clone(), *arguments))
     _, stats, mask = ops.batch_norm_fwd(x, *forward, 1, 1, True)
     saved = (dy, x, None, mask, weight, bias, stats)
-    opcheck(namespace.batch_norm_stats.default, (x, 2))
+    for num_splits in (2, ops.EACH_IMAGE):
+        opcheck(namespace.batch_norm_stats.default, (x, num_splits))
     opcheck(namespace.batch_norm_sums.default, (*saved, 1))
     for means, dx, dresidual in ((None, True, True), (torch.zeros(2, 1, 3, device=DEVICE), True, False)):
         opcheck(namespace.batch_norm_bwd.default, (*saved, means, True, 1, dx, dresidual))
