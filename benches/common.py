@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from benches import machine, memory, processes, results, timing
 from benches.results import Row
 from benches.timing import Step
+from ssl_fast.bench import exit_on_signals
 
 SHOWN = ("op", "dtype", "provider", "ms", "ms_p20", "ms_p80", "ms_call", "ratio", "x_floor", "extra_mb", "error")
 BARS = 12  # of a profile
@@ -265,24 +266,25 @@ def main(
     failed: list[str] = []
     absent: set[str] = set()
     print(f"{(about or '').splitlines()[0]}\n{machine.device_name()}, {torch.get_num_threads()} threads", flush=True)
-    for case in cases(arguments.quick):
-        given = json.dumps(case)
-        if arguments.only not in given:
-            continue
-        for allocator in ("default",) if arguments.quick or machine.DEVICE == "cuda" else allocators:
-            table = setup(*case)  # what it imports is there for the next case
-            for name in ABSENT.keys() - absent:
-                print(f"{name} has no rows: {processes.in_a_line(ABSENT[name])}", file=sys.stderr, flush=True)
-            absent |= ABSENT.keys()
-            if arguments.resume and saved(table, allocator, arguments.quick):
+    with exit_on_signals():
+        for case in cases(arguments.quick):
+            given = json.dumps(case)
+            if arguments.only not in given:
                 continue
-            work = functools.partial(measure, table, seconds, allocator, arguments.quick)
-            with processes.going_on(f"{table.op}, {table.shape}, allocator {allocator}", failed):
-                measured, lacking = processes.apart(work, module, [*quick, "--worker", allocator, given], allocator)
-                failed += lacking
-                show(measured)
-                rows += measured
-                results.save(rows, arguments.quick)  # after each table: what an interruption leaves is kept
+            for allocator in ("default",) if arguments.quick or machine.DEVICE == "cuda" else allocators:
+                table = setup(*case)  # what it imports is there for the next case
+                for name in ABSENT.keys() - absent:
+                    print(f"{name} has no rows: {processes.in_a_line(ABSENT[name])}", file=sys.stderr, flush=True)
+                absent |= ABSENT.keys()
+                if arguments.resume and saved(table, allocator, arguments.quick):
+                    continue
+                work = functools.partial(measure, table, seconds, allocator, arguments.quick)
+                with processes.going_on(f"{table.op}, {table.shape}, allocator {allocator}", failed):
+                    measured, lacking = processes.apart(work, module, [*quick, "--worker", allocator, given], allocator)
+                    failed += lacking
+                    show(measured)
+                    rows += measured
+                    results.save(rows, arguments.quick)  # after each table: what an interruption leaves is kept
     failed += [name for name, error in ABSENT.items() if not isinstance(error, ImportError)]
     if failed:
         sys.exit(f"without rows: {'; '.join(failed)}")

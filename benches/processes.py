@@ -45,6 +45,9 @@ def forked(work: Callable[[], Any]) -> Any:
     except EOFError:
         child.join()
         raise _ended(child.exitcode or 0) from None
+    except BaseException:
+        child.terminate()
+        raise
     finally:
         child.join()
 

@@ -100,7 +100,7 @@ def run_group(command: list[str], seconds: float | None = None, **options: Any) 
         subprocess.TimeoutExpired: after these seconds.
     """
     process: subprocess.Popen[Any] | None = None
-    with _exit_on_signals():
+    with exit_on_signals():
         try:
             with _signals_wait():
                 process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **options)
@@ -117,7 +117,7 @@ def run_group(command: list[str], seconds: float | None = None, **options: Any) 
 
 
 @contextlib.contextmanager
-def _exit_on_signals() -> Iterator[None]:
+def exit_on_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP raise SystemExit in the block, as Ctrl-C raises KeyboardInterrupt."""
 
     def leave(signum: int, frame: Any) -> None:

@@ -482,6 +482,9 @@ def setup(name):
             os.kill(os.getppid(), signal.SIGKILL)  # of the case's process: this is a fork for the memory
         if name == "wrong":
             os._exit(3)
+        if name == "slow":
+            print("slow", flush=True)
+            time.sleep(60)
         if name == "stopped":
             os.killpg(0, signal.SIGINT)  # as Ctrl-C does
             time.sleep(60)
@@ -508,6 +511,23 @@ def test_ctrl_c_keeps_the_rows_so_far(tmp_path):
     """And is no failure of a provider."""
     found = run_killed("good stopped other", tmp_path)
     assert found.returncode == -signal.SIGINT and "without rows" not in found.stderr
+    assert [row["shape"] for row in csv.DictReader((tmp_path / "rows.csv").open())] == ["good"]
+
+
+def test_a_bench_that_is_told_to_end_leaves_no_process(tmp_path):
+    """And keeps the rows so far."""
+    command = [sys.executable, "-c", KILLED, "good slow", str(tmp_path)]
+    options = {"cwd": ROOT, "env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}, "start_new_session": True}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    try:
+        next(line for line in process.stdout if "slow" in line)  # of the case's process, which this is not
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert [row["shape"] for row in csv.DictReader((tmp_path / "rows.csv").open())] == ["good"]
 
 
