@@ -134,16 +134,15 @@ Mean and standard deviation over seeds. kNN is weighted, in per cent of {tests} 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("keys", nargs="*", metavar="key=value")
-    parser.add_argument("--quick", action="store_true", help="one epoch, one seed")
+    parser.add_argument("--quick", action="store_true", help="one epoch, one seed, unless they are given")
     args = parser.parse_args()
     whole = {"epochs": "30", "seeds": "3"}
-    given = whole | {"out": "out/norms"}
+    given = whole | {"out": "out/norms"} | ({"epochs": "1", "seeds": "1"} if args.quick else {})
     for word in args.keys:
         key, equals, value = word.partition("=")
         if key not in given or not equals:
             parser.error(f"got {word!r}, allowed: {', '.join(f'{k}=...' for k in given)}")
         given[key] = value
-    given |= {"epochs": "1", "seeds": "1"} if args.quick else {}
     epochs, seeds = int(given["epochs"]), int(given["seeds"])
 
     data = load_data("digits")

@@ -102,7 +102,8 @@ struct Task : Problem {
     channels_a_block = planes ? std::max<int64_t>(1, ceil_div(channels, ceil_div(wanted, std::max<int64_t>(groups, 1)))) : channels;
     // By splits, and by channels where those lie apart: what has statistics of its own.
     const int64_t owners = splits * (planes ? channels : 1), own = bytes / std::max<int64_t>(owners, 1);
-    if (groups > 0 && owners >= kLeastBlocks && own <= kCachedBytes) {
+    // A plane that is all of them cannot be cut; the larger caches hold more than one at a time of few.
+    if (groups > 0 && owners >= kLeastBlocks && (own <= kCachedBytes || (planes && lines == 1))) {
       groups = 1;
       lines_a_block = lines;
       if (planes) channels_a_block = std::clamp<int64_t>(kCachedBlockBytes / std::max<int64_t>(own, 1), 1, channels);
@@ -384,7 +385,6 @@ Tensor forward(Task& p, void* out, const Optional& residual, const Optional& wei
   p.sweep(apply);
   return stats;
 }
-
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor& x, const Optional& residual, const Optional& weight,
                                                   const Optional& bias, const Optional& running_mean,

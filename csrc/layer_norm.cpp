@@ -169,9 +169,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, cons
   });
   Tensor dweight = empty({numbers / 2}), dbias = empty({numbers / 2});
   if (need_affine) {
-    const int64_t last = p.blocks - 1;  // which may have fewer
-    add_up(sums.get(), last < 0 ? 0 : last * parts_a_block + ceil_div(p.units - last * p.units_a_block, kSummed), p.D, dweight,
-           dbias);
+    const int64_t full = std::max<int64_t>(p.blocks - 1, 0);  // blocks; the last one may have fewer parts
+    const int64_t parts = full * parts_a_block + ceil_div(p.units - full * p.units_a_block, kSummed);
+    add_up(sums.get(), parts, p.D, dweight, dbias);
   }
   return {std::move(dx), std::move(dresidual), std::move(dweight), std::move(dbias)};
 }

@@ -119,7 +119,7 @@ def check_residual(residual: Any, x: Tensor) -> None:
 
 
 def check_eps(eps: Any) -> None:
-    if not is_number(eps) or not eps >= 0:
+    if not is_number(eps) or not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps!r}, allowed: a number >= 0, such as 1e-5")
 
 

@@ -40,7 +40,6 @@ from ssl_fast.ops._norms import (
 )
 
 EACH_IMAGE = 0  # as num_splits of an operator: however many images there are, which a traced graph must not fix
-DTYPES = (*HALF_AND_FLOAT, torch.float64)
 
 
 # ---- the layout that every backend shares
@@ -316,7 +315,7 @@ _BACKWARD = (
     "Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor stats"
 )  # fmt: skip
 
-# y, the (3, S, C) statistics unless they were given, and the mask.
+# y, the (3, S, C) statistics unless they were given, and the mask. num_splits of 0: S is the number of images.
 batch_norm_fwd = Op(
     f"batch_norm_fwd(Tensor x, {_FORWARD}, bool keep_mask) -> (Tensor, Tensor, Tensor)",
     _fwd_reference,

@@ -263,7 +263,7 @@ def layer_norm(
 
     Example:
         >>> y = layer_norm(tokens, 768, weight, bias)
-        >>> z = layer_norm(images, 96, weight, bias, eps=1e-6, dim=1)
+        >>> z = layer_norm(images, 96, eps=1e-6, dim=1)
     """
     shape = _shape_of(normalized_shape)
     code = _check(x, shape, weight, bias, eps, dim, residual, activation)
@@ -300,7 +300,7 @@ def _check(
 ) -> int:
     """The number of the activation; raises for what does not fit."""
     check_input(x)
-    if dim == 1:
+    if dim == 1 and dim is not True:
         if x.dim() < 2 or (x.shape[1],) != shape:
             raise ValueError(
                 f"normalized_shape: got {shape} for x of shape {tuple(x.shape)}, allowed with dim=1: the channels of "
