@@ -637,6 +637,19 @@ def test_autocast_leaves_the_input_dtype():
         assert mine(x.float()).dtype == theirs(x.float()).dtype
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no triton")
+@pytest.mark.parametrize("layout", ("planes", "rows"))
+def test_as_many_parts_as_a_large_gpu_has(layout, monkeypatch):
+    """More partial sums than are merged at a time."""
+    home = pytest.importorskip("ssl_fast.kernels.batch_norm")
+    monkeypatch.setattr(home, "multiprocessors", lambda device: 60)
+    shape = (2200, 2, 3, 3) if layout == "planes" else (2600, 3)
+    x, residual, dy = (random(shape, layout=layout, seed=seed) for seed in range(3))
+    with ssl_fast.backend("triton"):
+        assert home._Launch(x, 1, "batch_norm_fwd", lambda cut: None).parts > 2 * home.BLOCK_P.value
+    check(x, residual, *affine(shape[1]), dy, "triton", activation="relu")
+
+
 def test_opcheck():
     x, dy = random((4, 3, 5, 5), layout="rows"), random((4, 3, 5, 5), layout="rows", seed=2)
     weight, bias = affine(3)

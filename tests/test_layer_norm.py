@@ -305,6 +305,19 @@ def test_many_rows(backend):
         check(x, None, *affine(normalised(shape, last)), dy, last, backend, activation="relu")
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no triton")
+def test_as_many_parts_as_a_large_gpu_has(monkeypatch):
+    """More partial sums than are added at a time."""
+    home = pytest.importorskip("ssl_fast.kernels.layer_norm")
+    monkeypatch.setattr(home, "multiprocessors", lambda device: 20)
+    parts = []
+    monkeypatch.setattr(home._Launch, "cut", lambda self, config, cut=home._Launch.cut: parts.append(
+        (cut(self, config), self.parts)[1]))  # fmt: skip
+    for shape, last in (((1300, 21), 1), ((3, 5, 700), 0)):
+        check(random(shape), None, *affine(normalised(shape, last)), random(shape, seed=2), last, "triton")
+    assert max(parts) > 2 * home.BLOCK_P.value
+
+
 @each_backend
 def test_a_residual_that_is_the_input_or_of_another_dtype(backend):
     x = random((3, 4, 5)).requires_grad_()
