@@ -22,15 +22,18 @@ class EmulatedTiles {
   void store(float* sums, int64_t ld) const {
     for (int r = 0; r < 32; ++r) std::memcpy(sums + r * ld, sums_[r], sizeof(sums_[r]));
   }
-  // Pair by pair in order, each product rounded to fp32 once added: what TDPBF16PS does but for denormals.
+  // As TDPBF16PS but for denormals: sums of their own over the first and the second of each pair, then their sum.
   void multiply(const uint16_t* a, int64_t ld_a, const uint32_t* b, int64_t ld_b) {
-    for (int r = 0; r < 32; ++r)
+    for (int r = 0; r < 32; ++r) {
+      float first[32] = {}, second[32] = {};
       for (int k = 0; k < 16; ++k)
         for (int c = 0; c < 32; ++c) {
           const uint32_t pair = b[k * ld_b + c];
-          sums_[r][c] += widen(a[r * ld_a + 2 * k]) * widen(static_cast<uint16_t>(pair));
-          sums_[r][c] += widen(a[r * ld_a + 2 * k + 1]) * widen(static_cast<uint16_t>(pair >> 16));
+          first[c] += widen(a[r * ld_a + 2 * k]) * widen(static_cast<uint16_t>(pair));
+          second[c] += widen(a[r * ld_a + 2 * k + 1]) * widen(static_cast<uint16_t>(pair >> 16));
         }
+      for (int c = 0; c < 32; ++c) sums_[r][c] += first[c] + second[c];
+    }
   }
 
  private:
@@ -46,7 +49,8 @@ class EmulatedTiles {
 #if defined(SSL_FAST_HAS_AMX)
 SSL_FAST_TARGET_BEGIN("amx-tile,amx-bf16")
 // Tiles 0 .. 3 hold the sums, 4 and 5 the halves of a, 6 and 7 those of b: four products for four loads. An object owns
-// the tiles of its thread while it lives. The fences keep the compiler from moving ordinary stores past the tile loads.
+// the tiles of its thread while it lives. The fences keep the compiler from moving ordinary stores past the tile loads, and
+// from leaving out stores to the configuration, of which GCC's intrinsic names the first 8 bytes alone.
 class AMXTiles {
  public:
   static constexpr int kHeight = 32;
@@ -59,6 +63,7 @@ class AMXTiles {
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     };
     const Config config;
+    asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~AMXTiles() { _tile_release(); }
