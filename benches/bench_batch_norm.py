@@ -21,9 +21,10 @@ from ssl_fast.functional import batch_norm
 from ssl_fast.ops import batch_norm as ops
 from ssl_fast.ops._norms import RELU
 
-# ResNet-50 at 224 pixels, its third stage at two batches (the smaller fits a cache), and SimCLR's projector.
+# ResNet-50 at 224 pixels, its third stage at two batches (the smaller fits a cache), the last stage of ResNet-18 for
+# CIFAR-10, and SimCLR's projector.
 SHAPES = [(64, 64, 56, 56), (64, 256, 56, 56), (64, 512, 28, 28), (64, 2048, 7, 7), (64, 256, 14, 14),
-          (16, 256, 14, 14), (4096, 2048)]  # fmt: skip
+          (16, 256, 14, 14), (256, 512, 4, 4), (4096, 2048)]  # fmt: skip
 QUICK = [("8x64x14x14", "float32", "channels_last", True), ("8x64x14x14", "bfloat16", "contiguous", False)]
 
 

@@ -57,6 +57,12 @@ void copy_channels(const Optional& values, int64_t channels, float missing, cons
 // Rows shorter than this are taken several at a time, as rows of so many more channels: what a line costs beside its
 // elements is then paid once for all of them. So many lines remain that merging the sums of each costs little beside.
 constexpr int64_t kShortRow = 512, kLeastLines = 64;
+// Planes smaller than this leave vectors empty, and sums end as soon as they begin. An image is then a row, each of its
+// elements a channel, if there are images enough to sum over.
+constexpr int64_t kShortPlane = 64;
+// Neighbouring elements that a block has of a row or an image: enough for memory to read them as a stream, and of channels
+// so few that their arrays stay in the nearest cache.
+constexpr int64_t kNeighbours = 1024;
 
 void fence() {
 #if defined(__x86_64__)
@@ -72,7 +78,7 @@ int64_t splits_of(const Tensor& x, const Optional& stats, bool training, int64_t
 
 // A tensor, and how it is cut into blocks.
 struct Task : Problem {
-  Task(const Tensor& x_, int64_t splits_, int64_t activation_) : Problem{}, splits(splits_) {
+  Task(const Tensor& x_, int64_t splits_, int64_t activation_, bool masked) : Problem{}, splits(splits_) {
     STD_TORCH_CHECK(x_.is_cpu() && x_.dim() >= 2 && splits >= 1 && x_.size(0) % splits == 0,
                     "batch_norm (native CPU): x must be (N, C, ...) on the CPU, N a multiple of num_splits");
     dtype = x_.scalar_type();
@@ -85,7 +91,13 @@ struct Task : Problem {
     const int64_t images = x_.size(0) / splits;
     count = images * area;
     lines = planes ? images : count;
-    if (!planes && features % 8 == 0 && count > 0)  // a row's mask ends with a byte
+    if (planes && area < kShortPlane && images >= area && (!masked || area % 8 == 0)) {  // a plane's mask ends with a byte
+      planes = false;
+      inner = area;
+      lines = images;
+      channels *= area;
+    }
+    if (!planes && channels % 8 == 0 && count > 0)  // a row's too
       while (channels < kShortRow && lines % 2 == 0 && lines >= 2 * kLeastLines) {
         channels *= 2;
         lines /= 2;
@@ -96,19 +108,25 @@ struct Task : Problem {
 
     const int64_t wanted = std::clamp<int64_t>(bytes / kBlockBytes / splits, 1, std::max<int64_t>(1, kMostBlocks / splits));
     const int64_t least = planes ? ceil_div(kLeastOfPlanes, std::max<int64_t>(area, 1)) : kLeastRows;
-    groups = std::clamp<int64_t>(lines / least, 1, wanted);
+    const int64_t columns = planes ? 1 : std::max<int64_t>(1, ceil_div(channels, kNeighbours));
+    groups = std::clamp<int64_t>(lines / least, 1, std::max<int64_t>(1, wanted / columns));
     lines_a_block = std::max<int64_t>(1, ceil_div(lines, groups));
     groups = count == 0 || features == 0 ? 0 : ceil_div(lines, lines_a_block);
-    channels_a_block = planes ? std::max<int64_t>(1, ceil_div(channels, ceil_div(wanted, std::max<int64_t>(groups, 1)))) : channels;
-    // By splits, and by channels where those lie apart: what has statistics of its own.
-    const int64_t owners = splits * (planes ? channels : 1), own = bytes / std::max<int64_t>(owners, 1);
+    channels_a_block = planes ? std::max<int64_t>(1, ceil_div(channels, ceil_div(wanted, std::max<int64_t>(groups, 1))))
+                              : round_up(ceil_div(channels, columns), kMostLanes);
+    // By splits, and by features where those lie apart: what has statistics of its own.
+    const bool apart = planes || (inner > 1 && channels == features * inner);
+    const int64_t owners = splits * (apart ? features : 1), own = bytes / std::max<int64_t>(owners, 1);
     // A plane that is all of them cannot be cut; the larger caches hold more than one at a time of few.
-    if (groups > 0 && owners >= kLeastBlocks && (own <= kCachedBytes || (planes && lines == 1))) {
+    const bool cached = groups > 0 && owners >= kLeastBlocks && (own <= kCachedBytes || (planes && lines == 1));
+    if (cached) {
       groups = 1;
       lines_a_block = lines;
-      if (planes) channels_a_block = std::clamp<int64_t>(kCachedBlockBytes / std::max<int64_t>(own, 1), 1, channels);
+      const int64_t wide = std::max(kCachedBlockBytes / std::max<int64_t>(own, 1), kNeighbours / area);
+      channels_a_block = apart ? inner * std::clamp<int64_t>(wide, 1, features) : channels;
     }
     parts = channels == 0 ? 0 : ceil_div(channels, channels_a_block);
+    whole = cached || (groups == 1 && (planes || parts == 1));
   }
 
   int64_t blocks() const { return splits * groups * parts; }
@@ -118,6 +136,13 @@ struct Task : Problem {
     return {split, split * lines + first_line, std::min(lines_a_block, lines - first_line), first_channel,
             std::min(channels_a_block, channels - first_channel)};
   }
+  // f(k) for each channel k of a line that is feature c; the first is its home, where what is found of the feature goes.
+  template <class F>
+  void for_each_channel(int64_t c, const F& f) const {
+    for (int64_t row = 0; row < channels; row += features * inner)
+      for (int64_t i = 0; i < inner; ++i) f(row + home(c) + i);
+  }
+  int64_t home(int64_t c) const { return c * inner; }
   int64_t mask_bytes() const { return ceil_div(length, 8) * lines * splits * (planes ? channels : 1); }
 
   // f(begin, end) for ranges of blocks.
@@ -148,7 +173,7 @@ struct Task : Problem {
           Block b = block(i);
           const int64_t at = ((i / parts % groups) * splits + b.split) * channels + b.first_channel;
           sum(*this, b, first + at, second + at, work.get());
-          if (i + 1 < end) b.ahead = (planes ? b.channels : b.count) * length;
+          if (i + 1 < end) b.ahead = planes ? b.channels * length : parts > 1 ? b.channels : b.count * length;
           after(b);
         }
       });
@@ -161,36 +186,41 @@ struct Task : Problem {
     sum_blocks(first, second, sum, [](const Block&) {});
   }
 
-  // Sums; finish(split, first_channel, channels) with those of all blocks; and then(block).
+  // Sums; finish(split, first, last) with those of all blocks, for a range of features; and then(block).
   template <class F, class G, class H>
   void two_sweeps(double* first, double* second, const F& sum, const G& finish, const H& then) const {
-    // A block has all values of its channels, and finds them in the cache again. Its first sweep reads memory and its
-    // second writes it; the next block is fetched meanwhile, or either sweep would wait for its own direction alone.
-    if (groups == 1) {
+    // A block finds its values in the cache again. Its first sweep reads memory and its second writes it; the next block is
+    // fetched meanwhile, or either sweep would wait for its own direction alone.
+    if (whole) {
       return sum_blocks(first, second, sum, [&](const Block& b) {
-        finish(b.split, b.first_channel, b.channels);
+        finish(b.split, first_of(b), last_of(b));
         then(b);
       });
     }
     sum_blocks(first, second, sum);
-    for (int64_t s = 0; s < splits; ++s) finish(s, 0, channels);
+    for (int64_t s = 0; s < splits; ++s) finish(s, 0, features);
     sweep(then);
   }
+  // The features of a block that is whole.
+  int64_t first_of(const Block& b) const { return b.first_channel / inner; }
+  int64_t last_of(const Block& b) const { return std::min((b.first_channel + b.channels) / inner, features); }
   int64_t size() const { return splits * channels; }  // of an array of sums
 
   // Whether vectors of an output start where a store past the caches may.
   void choose_stream(std::initializer_list<const void*> outputs) {
-    stream = bytes >= kStreamBytes && length % kMostLanes == 0;
+    stream = bytes >= kStreamBytes && length % kMostLanes == 0 && (planes || parts == 1 || channels_a_block % kMostLanes == 0);
     for (const void* out : outputs) stream = stream && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   }
 
   int64_t splits;
-  int64_t features;                 // C; `channels` is a multiple where several rows make a line
+  int64_t features;                 // C; `channels` is a multiple where several rows or a whole image make a line
+  int64_t inner = 1;                // neighbours in a line that are one feature
   int64_t count;                    // values of a feature in a split
   int64_t lines;                    // rows, or images, of a split
   int64_t bytes;
   int64_t groups, lines_a_block;    // blocks of lines in a split
   int64_t parts, channels_a_block;  // and of channels
+  bool whole;                       // a block has all values of its features, which the second sweep finds in a cache
 };
 
 // The two arrays of sums of all blocks.
@@ -211,34 +241,45 @@ void merge(double& mean, double& m2, double before, double other_mean, double ot
   m2 += other_m2 + delta * delta * (before * n / all);
 }
 
-// Of a split, `channels` from the first one on: what the blocks found, and the rows of a line, into the first of them.
-void merge_moments(const Task& p, double* mean, double* m2, int64_t split, int64_t first, int64_t channels) {
+// Of features [first, last) of a split, what the blocks found into their homes. Where blocks have parts of the lines, the
+// features are all.
+void merge_moments(const Task& p, double* mean, double* m2, int64_t split, int64_t first, int64_t last) {
   mean += split * p.channels;
   m2 += split * p.channels;
   if (p.groups == 0) {
-    std::fill(mean + first, mean + first + channels, 0.0);
-    std::fill(m2 + first, m2 + first + channels, 0.0);
+    std::fill(mean, mean + p.channels, 0.0);
+    std::fill(m2, m2 + p.channels, 0.0);
     return;
   }
-  const int64_t size = p.size(), rows = p.channels / p.features;
-  const double line = static_cast<double>(p.count / (p.lines * rows)), all = static_cast<double>(p.count / rows);
+  const int64_t size = p.size(), copies = p.channels / p.features;
+  const double line = static_cast<double>(p.count / (p.lines * copies)), all = static_cast<double>(p.count / copies);
   for (int64_t g = 1; g < p.groups; ++g) {
     const double before = line * static_cast<double>(g * p.lines_a_block);
     const double n = line * static_cast<double>(p.block(g * p.parts).count);
-    for (int64_t k = first; k < first + channels; ++k) merge(mean[k], m2[k], before, mean[g * size + k], m2[g * size + k], n);
+    for (int64_t k = 0; k < p.channels; ++k) merge(mean[k], m2[k], before, mean[g * size + k], m2[g * size + k], n);
   }
-  for (int64_t r = 1; r < rows; ++r)
-    for (int64_t c = 0; c < p.features; ++c)
-      merge(mean[c], m2[c], all * static_cast<double>(r), mean[r * p.features + c], m2[r * p.features + c], all);
+  if (copies == 1) return;
+  for (int64_t c = first; c < last; ++c) {
+    double sum = 0, squares = 0;
+    p.for_each_channel(c, [&](int64_t k) { sum += mean[k]; });
+    const double centre = sum / static_cast<double>(copies);
+    p.for_each_channel(c, [&](int64_t k) { squares += m2[k] + all * (mean[k] - centre) * (mean[k] - centre); });
+    mean[p.home(c)] = centre;
+    m2[p.home(c)] = squares;
+  }
 }
 
-void merge_sums(const Task& p, double* sums, int64_t split, int64_t first, int64_t channels) {
+void merge_sums(const Task& p, double* sums, int64_t split, int64_t first, int64_t last) {
   sums += split * p.channels;
-  if (p.groups == 0) return std::fill(sums + first, sums + first + channels, 0.0);
+  if (p.groups == 0) return std::fill(sums, sums + p.channels, 0.0);
   for (int64_t g = 1; g < p.groups; ++g)
-    for (int64_t k = first; k < first + channels; ++k) sums[k] += sums[g * p.size() + k];
-  for (int64_t row = p.features; row < p.channels; row += p.features)
-    for (int64_t c = 0; c < p.features; ++c) sums[c] += sums[row + c];
+    for (int64_t k = 0; k < p.channels; ++k) sums[k] += sums[g * p.size() + k];
+  if (p.channels == p.features) return;
+  for (int64_t c = first; c < last; ++c) {
+    double sum = 0;
+    p.for_each_channel(c, [&](int64_t k) { sum += sums[k]; });
+    sums[p.home(c)] = sum;
+  }
 }
 
 float* fp32(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
@@ -263,7 +304,7 @@ float remainder(double value) { return static_cast<float>(value - static_cast<fl
 std::vector<double> over_splits(const Task& p, const double* of_splits) {
   std::vector<double> sums(p.features);
   for (int64_t s = 0; s < p.splits; ++s)
-    for (int64_t c = 0; c < p.features; ++c) sums[c] += of_splits[s * p.channels + c];
+    for (int64_t c = 0; c < p.features; ++c) sums[c] += of_splits[s * p.channels + p.home(c)];
   return sums;
 }
 
@@ -286,15 +327,15 @@ void update_running(const Task& p, const double* mean, const double* m2, const R
 
 float inverse_deviation(double var, double eps) { return static_cast<float>(1 / std::sqrt(var + eps)); }
 
-// The mean of a split's channels, what its rounding left out, and of the biased variance what `of_variance` is, into
-// (3, S, C).
+// The mean of a split's features [first, last), what its rounding left out, and of the biased variance what `of_variance`
+// is, into (3, S, C).
 template <class F>
-void write_stats(const Task& p, const double* mean, const double* m2, int64_t split, int64_t first, int64_t channels,
+void write_stats(const Task& p, const double* mean, const double* m2, int64_t split, int64_t first, int64_t last,
                  float* stats, const F& of_variance) {
   const int64_t plane = p.splits * p.features;
   const double n = static_cast<double>(std::max<int64_t>(p.count, 1));
-  for (int64_t c = first; c < std::min(first + channels, p.features); ++c) {
-    const int64_t from = split * p.channels + c, to = split * p.features + c;
+  for (int64_t c = first; c < last; ++c) {
+    const int64_t from = split * p.channels + p.home(c), to = split * p.features + c;
     stats[to] = static_cast<float>(mean[from]);
     stats[plane + to] = remainder(mean[from]);
     stats[2 * plane + to] = of_variance(m2[from] / n);
@@ -316,20 +357,20 @@ struct Arrays {
   }
   float* array(const Task& p, int k) const { return buffer.get() + k * p.splits * stride; }
 
-  // What follows from the statistics of a split's channels.
-  void set(const Task& p, const float* stats, int64_t split, int64_t first, int64_t channels) const {
+  // What follows from the statistics of a split's features [first, last).
+  void set(const Task& p, const float* stats, int64_t split, int64_t first, int64_t last) const {
     const float *mean = stats + split * p.features, *low = mean + p.splits * p.features;
     const float* invstd = low + p.splits * p.features;
-    const int64_t last = std::min(first + channels, p.features);
     float *const means = array(p, 0) + split * stride, *const scales = array(p, 1) + split * stride;
     float* const shifts = array(p, 2) + split * stride;
-    for (int64_t row = 0; row < p.channels; row += p.features)  // one alone, unless a block has all channels
-      for (int64_t c = first; c < last; ++c) {
-        const float scale = w[c] * invstd[c];
-        means[row + c] = mean[c];
-        scales[row + c] = scale;
-        shifts[row + c] = static_cast<float>(b[c] - static_cast<double>(low[c]) * scale);
-      }
+    for (int64_t c = first; c < last; ++c) {
+      const float scale = w[c] * invstd[c], shift = static_cast<float>(b[c] - static_cast<double>(low[c]) * scale);
+      p.for_each_channel(c, [&](int64_t k) {
+        means[k] = mean[c];
+        scales[k] = scale;
+        shifts[k] = shift;
+      });
+    }
   }
   void check(const Task& p, const Tensor& stats) const {
     STD_TORCH_CHECK(stats.is_cpu() && stats.scalar_type() == ScalarType::Float && stats.is_contiguous() &&
@@ -338,7 +379,7 @@ struct Arrays {
   }
   void set(const Task& p, const Tensor& stats) const {
     check(p, stats);
-    for (int64_t s = 0; s < p.splits; ++s) set(p, fp32(stats), s, 0, p.channels);
+    for (int64_t s = 0; s < p.splits; ++s) set(p, fp32(stats), s, 0, p.features);
   }
 
   int64_t stride;
@@ -364,11 +405,11 @@ Tensor forward(Task& p, void* out, const Optional& residual, const Optional& wei
   if (training && !given) {
     float* const found = fp32(stats);
     const Pair sums(p);
-    p.two_sweeps(sums.first, sums.second, moments_of, [&](int64_t split, int64_t first, int64_t channels) {
-      merge_moments(p, sums.first, sums.second, split, first, channels);
-      write_stats(p, sums.first, sums.second, split, first, channels, found,
+    p.two_sweeps(sums.first, sums.second, moments_of, [&](int64_t split, int64_t first, int64_t last) {
+      merge_moments(p, sums.first, sums.second, split, first, last);
+      write_stats(p, sums.first, sums.second, split, first, last, found,
                   [&](double var) { return inverse_deviation(var, eps); });
-      arrays.set(p, found, split, first, channels);
+      arrays.set(p, found, split, first, last);
     }, apply);
     update_running(p, sums.first, sums.second, running);
     return stats;
@@ -391,7 +432,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor& x, const Optiona
                                                   const Optional& running_var, const Optional& num_batches_tracked,
                                                   const Optional& stats, bool training, std::optional<double> momentum,
                                                   double eps, int64_t num_splits, int64_t activation, bool keep_mask) {
-  Task p(x, splits_of(x, stats, training, num_splits), activation);
+  Task p(x, splits_of(x, stats, training, num_splits), activation, keep_mask);
   Tensor y = output_like(x);
   Tensor mask = empty({keep_mask ? p.mask_bytes() : 0}, aoti_torch_dtype_uint8());
   p.choose_stream({y.data_ptr()});
@@ -404,19 +445,19 @@ void batch_norm_inplace(Tensor x, const Optional& residual, const Optional& weig
                         const Optional& running_mean, const Optional& running_var, const Optional& num_batches_tracked,
                         const Optional& stats, bool training, std::optional<double> momentum, double eps,
                         int64_t num_splits, int64_t activation) {
-  Task p(x, splits_of(x, stats, training, num_splits), activation);
+  Task p(x, splits_of(x, stats, training, num_splits), activation, false);
   forward(p, x.data_ptr(), residual, weight, bias, {running_mean, running_var, num_batches_tracked, momentum}, stats,
           training, eps, nullptr);
 }
 
 Tensor batch_norm_stats(const Tensor& x, int64_t num_splits) {
-  const Task p(x, splits_of(x, {}, true, num_splits), kIdentity);
+  const Task p(x, splits_of(x, {}, true, num_splits), kIdentity, false);
   const Pair sums(p);
   p.sum_blocks(sums.first, sums.second, moments_of);
   Tensor stats = empty({3, p.splits, p.features});
   for (int64_t s = 0; s < p.splits; ++s) {
-    merge_moments(p, sums.first, sums.second, s, 0, p.channels);
-    write_stats(p, sums.first, sums.second, s, 0, p.channels, fp32(stats), [](double var) { return static_cast<float>(var); });
+    merge_moments(p, sums.first, sums.second, s, 0, p.features);
+    write_stats(p, sums.first, sums.second, s, 0, p.features, fp32(stats), [](double var) { return static_cast<float>(var); });
   }
   return stats;
 }
@@ -425,14 +466,13 @@ void sums_of(const Task& p, const Block& b, double* dz, double* dz_x, float* wor
   kernels().sums(p, b, {dz, dz_x}, work);
 }
 
-// The sums of dz and of dz * xhat of a split's channels, from those of the blocks.
-void finish_sums(const Task& p, const float* stats, double* dz, double* dz_xhat, int64_t split, int64_t first,
-                 int64_t channels) {
-  merge_sums(p, dz, split, first, channels);
-  merge_sums(p, dz_xhat, split, first, channels);
+// The sums of dz and of dz * xhat of a split's features [first, last), from those of the blocks.
+void finish_sums(const Task& p, const float* stats, double* dz, double* dz_xhat, int64_t split, int64_t first, int64_t last) {
+  merge_sums(p, dz, split, first, last);
+  merge_sums(p, dz_xhat, split, first, last);
   const float *low = stats + (p.splits + split) * p.features, *invstd = low + p.splits * p.features;
-  for (int64_t c = first; c < std::min(first + channels, p.features); ++c) {
-    const int64_t k = split * p.channels + c;
+  for (int64_t c = first; c < last; ++c) {
+    const int64_t k = split * p.channels + p.home(c);
     dz_xhat[k] = invstd[c] * (dz_xhat[k] - low[c] * dz[k]);
   }
 }
@@ -440,7 +480,7 @@ void finish_sums(const Task& p, const float* stats, double* dz, double* dz_xhat,
 // The problem of a backward.
 Task backward_task(const Tensor& dy, const Tensor& x, const Optional& residual, const Optional& mask, const Tensor& stats,
                    int64_t activation) {
-  Task p(x, stats.size(1), activation);
+  Task p(x, stats.size(1), activation, mask.has_value());
   STD_TORCH_CHECK(dy.is_cpu() && dy.scalar_type() == p.dtype && dy.numel() == x.numel(),
                   "batch_norm (native CPU): dy must have x's shape, layout and dtype");
   STD_TORCH_CHECK(!mask || mask->numel() == p.mask_bytes(), "batch_norm (native CPU): mask has another size");
@@ -459,10 +499,10 @@ Tensor batch_norm_sums(const Tensor& dy, const Tensor& x, const Optional& residu
   p.sum_blocks(sums.first, sums.second, sums_of);
   Tensor out = empty({2, p.splits, p.features});
   for (int64_t s = 0; s < p.splits; ++s) {
-    finish_sums(p, fp32(stats), sums.first, sums.second, s, 0, p.channels);
+    finish_sums(p, fp32(stats), sums.first, sums.second, s, 0, p.features);
     for (int64_t c = 0; c < p.features; ++c) {
-      fp32(out)[s * p.features + c] = static_cast<float>(sums.first[s * p.channels + c]);
-      fp32(out)[(p.splits + s) * p.features + c] = static_cast<float>(sums.second[s * p.channels + c]);
+      fp32(out)[s * p.features + c] = static_cast<float>(sums.first[s * p.channels + p.home(c)]);
+      fp32(out)[(p.splits + s) * p.features + c] = static_cast<float>(sums.second[s * p.channels + p.home(c)]);
     }
   }
   return out;
@@ -475,7 +515,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& dy, cons
                                                           bool need_dx, bool need_dresidual) {
   Task p = backward_task(dy, x, residual, mask, stats, activation);
   const Arrays arrays(p, weight, bias, 5);
-  const bool at_once = !means && p.groups == 1;  // a block sets the arrays of its channels, which no other has
+  const bool at_once = !means && p.whole;  // a block sets the arrays of its features, which no other has
   if (at_once)
     arrays.check(p, stats);
   else
@@ -495,11 +535,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& dy, cons
   // From the means of dz and of dz * xhat of a channel.
   const auto set_slopes = [&](int64_t split, int64_t c, double mean_dz, double mean_dz_xhat) {
     const float *low = fp32(stats) + (p.splits + split) * p.features + c, *invstd = low + p.splits * p.features;
-    for (int64_t k = split * p.per.stride + c; training && k < split * p.per.stride + p.channels; k += p.features) {
-      const double scale = p.per.scale[k], along = scale * *invstd * mean_dz_xhat;
-      slope[k] = static_cast<float>(-along);
-      offset[k] = static_cast<float>(along * *low - scale * mean_dz);
-    }
+    const int64_t at = split * p.per.stride;
+    const double scale = arrays.w[c] * *invstd, along = scale * *invstd * mean_dz_xhat;
+    if (!training) return;
+    p.for_each_channel(c, [&](int64_t k) {
+      slope[at + k] = static_cast<float>(-along);
+      offset[at + k] = static_cast<float>(along * *low - scale * mean_dz);
+    });
   };
   if (means) {
     const float *const dz = fp32(*means), *const dz_xhat = dz + p.splits * p.features;
@@ -512,13 +554,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& dy, cons
   const Pair sums(p);
   const double n = static_cast<double>(std::max<int64_t>(p.count, 1));
   const auto sum = [&](const Task&, const Block& b, double* dz, double* dz_x, float* work) {
-    if (at_once) arrays.set(p, fp32(stats), b.split, b.first_channel, b.channels);
+    if (at_once) arrays.set(p, fp32(stats), b.split, p.first_of(b), p.last_of(b));
     sums_of(p, b, dz, dz_x, work);
   };
-  p.two_sweeps(sums.first, sums.second, sum, [&](int64_t split, int64_t first, int64_t channels) {
-    finish_sums(p, fp32(stats), sums.first, sums.second, split, first, channels);
-    for (int64_t c = first; c < std::min(first + channels, p.features); ++c)
-      set_slopes(split, c, sums.first[split * p.channels + c] / n, sums.second[split * p.channels + c] / n);
+  p.two_sweeps(sums.first, sums.second, sum, [&](int64_t split, int64_t first, int64_t last) {
+    finish_sums(p, fp32(stats), sums.first, sums.second, split, first, last);
+    for (int64_t c = first; c < last; ++c) {
+      const int64_t k = split * p.channels + p.home(c);
+      set_slopes(split, c, sums.first[k] / n, sums.second[k] / n);
+    }
   }, backward);
   Tensor dweight = empty({p.features}), dbias = empty({p.features});
   const std::vector<double> dz = over_splits(p, sums.first), dz_xhat = over_splits(p, sums.second);

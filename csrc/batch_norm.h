@@ -1,8 +1,9 @@
 // What the drivers and the kernels of batch norm on the CPU agree on.
 //
-// A dense x is `lines` of `length` elements: rows of channels (channels_last), or a plane for each image and channel. A
-// block is a part of the lines with one set of statistics; how a tensor is cut into blocks follows from its shape alone,
-// so that sums come out the same to the bit whatever the number of threads.
+// A dense x is `lines` of `length` elements: rows of channels (channels_last), or a plane for each image and channel.
+// Images of short planes are rows too, each of whose elements is a channel here. A block is a part of the lines, or of all
+// of them so many channels, with one set of statistics; how a tensor is cut into blocks follows from its shape alone, so
+// that sums come out the same to the bit whatever the number of threads.
 #pragma once
 
 #include "activations.h"
@@ -32,7 +33,7 @@ struct Problem {
   Channels per;
 };
 
-// Rows `first` to `first + count`, or the planes of so many images for `channels` channels.
+// Of `channels` channels: rows `first` to `first + count`, or the planes of so many images.
 struct Block {
   int64_t split, first, count, first_channel, channels;
   int64_t ahead = 0;  // elements from its lines to those of the next block, which apply and backward fetch; 0 for none

@@ -8,7 +8,8 @@ constexpr int64_t kFirst = 256, kFirstRows = 8;  // values of a channel whose me
 
 // ---- what each element needs
 
-// Pointers to what a split's lines hold; at(line, c) moves them there, c the channel of a plane or 0.
+// Pointers to what a split's lines hold; at(line, c) moves them to the plane of channel c, or to that channel of a row.
+// From there a block has `length` elements.
 template <class T, bool kPlanes>
 struct Reader {
   const T *x, *dy, *residual;
@@ -16,22 +17,23 @@ struct Reader {
   const uint8_t* mask;
   uint8_t* new_mask;
   const float *mean, *scale, *shift, *slope, *offset;
-  int64_t length, activation;
+  int64_t line_length, length, activation;
   bool has_residual, has_mask, stream;
 
-  Reader(const Problem& p, int64_t split)
+  Reader(const Problem& p, const Block& b)
       : x(static_cast<const T*>(p.x)), dy(static_cast<const T*>(p.dy)), residual(static_cast<const T*>(p.residual)),
         y(static_cast<T*>(p.y)), dx(static_cast<T*>(p.dx)), dresidual(static_cast<T*>(p.dresidual)),
         mask(p.mask), new_mask(p.new_mask),
-        mean(p.per.mean + split * p.per.stride), scale(p.per.scale + split * p.per.stride),
-        shift(p.per.shift + split * p.per.stride), slope(p.per.slope + split * p.per.stride),
-        offset(p.per.offset + split * p.per.stride),
-        length(p.length), activation(p.activation),
+        mean(p.per.mean + b.split * p.per.stride), scale(p.per.scale + b.split * p.per.stride),
+        shift(p.per.shift + b.split * p.per.stride), slope(p.per.slope + b.split * p.per.stride),
+        offset(p.per.offset + b.split * p.per.stride),
+        line_length(p.length), length(kPlanes ? p.length : b.channels), activation(p.activation),
         has_residual(p.residual != nullptr), has_mask(p.mask != nullptr || p.new_mask != nullptr), stream(p.stream) {}
 
   SSL_FAST_INLINE Reader at(int64_t line, int64_t c) const {
     Reader r = *this;
-    const int64_t element = line * length, byte = line * ceil_div(length, 8);
+    const int64_t inside = kPlanes ? 0 : c;
+    const int64_t element = line * line_length + inside, byte = line * ceil_div(line_length, 8) + inside / 8;
     r.x += element, r.dy += element, r.residual += element, r.y += element, r.dx += element, r.dresidual += element;
     r.mask += byte, r.new_mask += byte;
     r.mean += c, r.scale += c, r.shift += c, r.slope += c, r.offset += c;
@@ -70,7 +72,7 @@ SSL_FAST_INLINE void for_each_vector_of(int64_t length, const F& f) {
 template <class F>
 SSL_FAST_INLINE void for_each_line(const Problem& p, const Block& b, const F& f) {
   if (!p.planes) {
-    for (int64_t line = b.first; line < b.first + b.count; ++line) f(line, 0);
+    for (int64_t line = b.first; line < b.first + b.count; ++line) f(line, b.first_channel);
     return;
   }
   for (int64_t image = b.first; image < b.first + b.count; ++image)
@@ -79,7 +81,7 @@ SSL_FAST_INLINE void for_each_line(const Problem& p, const Block& b, const F& f)
 
 template <class T, bool kPlanes, int64_t kActivation, bool kResidual>
 void apply_block(const Problem& p, const Block& b) {
-  const Reader<T, kPlanes> all{p, b.split};
+  const Reader<T, kPlanes> all{p, b};
   for_each_line(p, b, [&](int64_t line, int64_t c) SSL_FAST_LAMBDA {
     const auto r = all.at(line, c);
     for_each_vector_of(r.length, [&](int64_t i, int n) SSL_FAST_LAMBDA {
@@ -97,7 +99,7 @@ void apply_block(const Problem& p, const Block& b) {
 
 template <class T, bool kPlanes, int64_t kActivation>
 void backward_block(const Problem& p, const Block& b) {
-  const Reader<T, kPlanes> all{p, b.split};
+  const Reader<T, kPlanes> all{p, b};
   const bool need_dx = p.dx != nullptr, need_dresidual = p.dresidual != nullptr, batch = p.batch;
   for_each_line(p, b, [&](int64_t line, int64_t c) SSL_FAST_LAMBDA {
     const auto r = all.at(line, c);
@@ -127,16 +129,16 @@ struct Terms {
 };
 
 template <class R, class F, class G>
-SSL_FAST_INLINE void sum_rows(const Problem& p, const Block& b, const R& all, float* work, const F& terms, const G& merge) {
-  const int64_t padded = round_up(p.channels, kLanes);
+SSL_FAST_INLINE void sum_rows(const Block& b, const R& all, float* work, const F& terms, const G& merge) {
+  const int64_t padded = round_up(b.channels, kLanes);
   float *const first = work, *const second = work + padded;
   for (int64_t begin = b.first, end; begin < b.first + b.count; begin = end) {
     end = std::min(begin + kTile, b.first + b.count);
     std::fill(work, work + 2 * padded, 0.0f);
     // Row by row: several at a time would spare loads and stores of the sums, but memory likes one stream best.
     for (int64_t row = begin; row < end; ++row) {
-      const R r = all.at(row, 0);
-      for_each_vector_of(p.channels, [&](int64_t i, int n) SSL_FAST_LAMBDA {
+      const R r = all.at(row, b.first_channel);
+      for_each_vector_of(r.length, [&](int64_t i, int n) SSL_FAST_LAMBDA {
         const Terms t = terms(r, i, n);
         store(first + i, load(first + i) + t.first);
         store(second + i, load(second + i) + t.second);
@@ -191,11 +193,11 @@ SSL_FAST_INLINE void sum_planes(const Problem& p, const Block& b, const R& all, 
 
 template <class T, bool kPlanes, class F, class G>
 SSL_FAST_INLINE void sum_block(const Problem& p, const Block& b, float* work, const F& terms, const G& merge) {
-  const Reader<T, kPlanes> all{p, b.split};
+  const Reader<T, kPlanes> all{p, b};
   if constexpr (kPlanes)
     sum_planes(p, b, all, work, terms, merge);
   else
-    sum_rows(p, b, all, work, terms, merge);
+    sum_rows(b, all, work, terms, merge);
 }
 
 int64_t work_of(const Problem& p, int64_t channels) {

@@ -205,6 +205,47 @@ def test_splits_have_statistics_of_their_own(backend, layout, activation):
         check(laid(x, layout), residual, *affine(5), dy, backend, activation=activation, num_splits=num_splits)
 
 
+# What the C++ cuts its own way: images as rows, by features or by lines; several of them a row; columns of wide rows.
+CUTS = (
+    ((64, 3, 3, 3), 1), ((128, 8, 2, 2), 1), ((130, 24, 3, 3), 1), ((64, 40, 2, 2), 1), ((64, 300, 2, 4), 1),
+    ((63, 240, 3, 3), 1), ((63, 20, 63), 1), ((62, 20, 63), 1), ((16, 150, 4, 4), 1), ((600, 300, 1, 2), 1),
+    ((96, 300, 2, 4), 3), ((512, 17, 2, 2), 16), ((9, 5, 3), 9), ((2000, 9, 3, 3), 2),
+    ((300, 2500), 1), ((300, 2496), 2), ((700, 2500), 1), ((64, 1030), 32),
+)  # fmt: skip
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="no native library")
+@pytest.mark.parametrize(("shape", "num_splits"), CUTS)
+def test_every_cut_on_a_cpu(shape, num_splits):
+    x, residual, dy = (random(shape, seed=seed, mean=0.5) for seed in range(3))
+    x = x * torch.linspace(0.5, 2, shape[1]).view(1, -1, *[1] * (x.dim() - 2))  # no two features alike
+    splits = {} if num_splits == 1 else {"num_splits": num_splits}
+    # By the input's sign without a residual, a mask with one, gelu with one that is kept, and running statistics.
+    for activation, added, training in ((None, False, True), ("relu", False, True), ("relu", True, True),
+                                        ("gelu", True, True), ("relu", True, False)):  # fmt: skip
+        if training or not splits:
+            given = splits if training else {"training": False}
+            for dtype in (torch.float32, torch.bfloat16):
+                tensors = x.to(dtype), residual.to(dtype) if added else None, *affine(shape[1]), dy.to(dtype)
+                check(*tensors, "native", activation=activation, **given)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="no native library")
+def test_rows_past_the_caches():
+    """Large enough to be stored so, which blocks that end within a vector cannot be."""
+    for shape in ((171, 1024, 7, 7), (4096, 2064)):
+        x, dy = torch.empty(shape), torch.empty(shape)
+        for seed, t in enumerate((x, dy)):
+            t.normal_(generator=torch.Generator().manual_seed(seed))
+        value, truth = [], []
+        for found, dtype, name in ((value, torch.float32, "native"), (truth, torch.float64, "reference")):
+            with ssl_fast.backend(name):
+                given = x.to(dtype).requires_grad_()
+                y = batch_norm(given, None, None, training=True)
+                found += [y.detach(), torch.autograd.grad(y, given, dy.to(dtype))[0]]
+        assert all(error(a, b) < 1e-6 for a, b in zip(value, truth, strict=True))
+
+
 # ---- running statistics
 
 
