@@ -60,8 +60,7 @@ constexpr int64_t kShortRow = 512, kLeastLines = 64;
 // Planes smaller than this leave vectors empty, and sums end as soon as they begin. An image is then a row, each of its
 // elements a channel, if there are images enough to sum over.
 constexpr int64_t kShortPlane = 64;
-// Neighbouring elements that a block has of a row or an image: enough for memory to read them as a stream, and of channels
-// so few that their arrays stay in the nearest cache.
+// Neighbouring elements that a block has of an image at the least, which memory then reads as a stream.
 constexpr int64_t kNeighbours = 1024;
 
 void fence() {
@@ -108,25 +107,21 @@ struct Task : Problem {
 
     const int64_t wanted = std::clamp<int64_t>(bytes / kBlockBytes / splits, 1, std::max<int64_t>(1, kMostBlocks / splits));
     const int64_t least = planes ? ceil_div(kLeastOfPlanes, std::max<int64_t>(area, 1)) : kLeastRows;
-    const int64_t columns = planes ? 1 : std::max<int64_t>(1, ceil_div(channels, kNeighbours));
-    groups = std::clamp<int64_t>(lines / least, 1, std::max<int64_t>(1, wanted / columns));
+    groups = std::clamp<int64_t>(lines / least, 1, wanted);
     lines_a_block = std::max<int64_t>(1, ceil_div(lines, groups));
     groups = count == 0 || features == 0 ? 0 : ceil_div(lines, lines_a_block);
-    channels_a_block = planes ? std::max<int64_t>(1, ceil_div(channels, ceil_div(wanted, std::max<int64_t>(groups, 1))))
-                              : round_up(ceil_div(channels, columns), kMostLanes);
+    channels_a_block = planes ? std::max<int64_t>(1, ceil_div(channels, ceil_div(wanted, std::max<int64_t>(groups, 1)))) : channels;
     // By splits, and by features where those lie apart: what has statistics of its own.
     const bool apart = planes || (inner > 1 && channels == features * inner);
     const int64_t owners = splits * (apart ? features : 1), own = bytes / std::max<int64_t>(owners, 1);
     // A plane that is all of them cannot be cut; the larger caches hold more than one at a time of few.
-    const bool cached = groups > 0 && owners >= kLeastBlocks && (own <= kCachedBytes || (planes && lines == 1));
-    if (cached) {
+    if (groups > 0 && owners >= kLeastBlocks && (own <= kCachedBytes || (planes && lines == 1))) {
       groups = 1;
       lines_a_block = lines;
       const int64_t wide = std::max(kCachedBlockBytes / std::max<int64_t>(own, 1), kNeighbours / area);
       channels_a_block = apart ? inner * std::clamp<int64_t>(wide, 1, features) : channels;
     }
     parts = channels == 0 ? 0 : ceil_div(channels, channels_a_block);
-    whole = cached || (groups == 1 && (planes || parts == 1));
   }
 
   int64_t blocks() const { return splits * groups * parts; }
@@ -189,9 +184,9 @@ struct Task : Problem {
   // Sums; finish(split, first, last) with those of all blocks, for a range of features; and then(block).
   template <class F, class G, class H>
   void two_sweeps(double* first, double* second, const F& sum, const G& finish, const H& then) const {
-    // A block finds its values in the cache again. Its first sweep reads memory and its second writes it; the next block is
-    // fetched meanwhile, or either sweep would wait for its own direction alone.
-    if (whole) {
+    // A block has all values of its features, and finds them in the cache again. Its first sweep reads memory and its second
+    // writes it; the next block is fetched meanwhile, or either sweep would wait for its own direction alone.
+    if (groups == 1) {
       return sum_blocks(first, second, sum, [&](const Block& b) {
         finish(b.split, first_of(b), last_of(b));
         then(b);
@@ -201,7 +196,7 @@ struct Task : Problem {
     for (int64_t s = 0; s < splits; ++s) finish(s, 0, features);
     sweep(then);
   }
-  // The features of a block that is whole.
+  // The features of a block that has all values of its own.
   int64_t first_of(const Block& b) const { return b.first_channel / inner; }
   int64_t last_of(const Block& b) const { return std::min((b.first_channel + b.channels) / inner, features); }
   int64_t size() const { return splits * channels; }  // of an array of sums
@@ -219,8 +214,7 @@ struct Task : Problem {
   int64_t lines;                    // rows, or images, of a split
   int64_t bytes;
   int64_t groups, lines_a_block;    // blocks of lines in a split
-  int64_t parts, channels_a_block;  // and of channels
-  bool whole;                       // a block has all values of its features, which the second sweep finds in a cache
+  int64_t parts, channels_a_block;  // and of channels: of planes, and of images as rows
 };
 
 // The two arrays of sums of all blocks.
@@ -515,7 +509,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& dy, cons
                                                           bool need_dx, bool need_dresidual) {
   Task p = backward_task(dy, x, residual, mask, stats, activation);
   const Arrays arrays(p, weight, bias, 5);
-  const bool at_once = !means && p.whole;  // a block sets the arrays of its features, which no other has
+  const bool at_once = !means && p.groups == 1;  // a block sets the arrays of its features, which no other has
   if (at_once)
     arrays.check(p, stats);
   else

@@ -205,7 +205,7 @@ def test_splits_have_statistics_of_their_own(backend, layout, activation):
         check(laid(x, layout), residual, *affine(5), dy, backend, activation=activation, num_splits=num_splits)
 
 
-# What the C++ cuts its own way: images as rows, by features or by lines; several of them a row; columns of wide rows.
+# What the C++ cuts its own way: images as rows, by features or by lines; several of them a row; wide rows.
 CUTS = (
     ((64, 3, 3, 3), 1), ((128, 8, 2, 2), 1), ((130, 24, 3, 3), 1), ((64, 40, 2, 2), 1), ((64, 300, 2, 4), 1),
     ((63, 240, 3, 3), 1), ((63, 20, 63), 1), ((62, 20, 63), 1), ((16, 150, 4, 4), 1), ((600, 300, 1, 2), 1),
